@@ -1,0 +1,1 @@
+"""The command line, which only wraps the public API of `octavo`."""

@@ -1,0 +1,121 @@
+"""What a compilation leaves on disk, and the proof of what runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, final
+
+if TYPE_CHECKING:
+    from octavo.ir.calibration import Feed
+
+
+@final
+@dataclass(frozen=True)
+class PlannedNode:
+    """One source node as lowering left it.
+
+    `output` is the name of the value that carries its result in the lowered graph, by which the
+    runtime's fused kernel is found; `absorbed_by` names the node whose kernel includes it.
+    `kernels` are the `domain::op_type` names that fulfil the plan (empty: any float kernel).
+    """
+
+    node: str
+    op_type: str
+    option: str
+    reason: str
+    output: str
+    kernels: tuple[str, ...]
+    weight_bytes: int
+    source_bytes: int
+    absorbed_by: str = ""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@final
+@dataclass(frozen=True)
+class Artifact:
+    """A lowered model on disk, its planned nodes and the session options it relies on."""
+
+    path: Path
+    target: str
+    planned: tuple[PlannedNode, ...]
+    session_options: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all emitted files."""
+        return sum(f.stat().st_size for f in self.path.parent.glob(self.path.name + "*"))
+
+
+@final
+@dataclass(frozen=True)
+class AuditRow:
+    """Which kernel a planned node got; `ok` is false when it is not what was planned."""
+
+    node: str
+    op_type: str
+    option: str
+    kernel: str
+    ok: bool
+    reason: str
+    seconds: float | None = None
+
+
+@final
+@dataclass(frozen=True)
+class Audit:
+    """The proof: one row per planned node, findings on the whole graph, and what was run."""
+
+    rows: tuple[AuditRow, ...]
+    findings: tuple[str, ...]
+    kernels: Mapping[str, int]
+    environment: str
+
+    @property
+    def ok(self) -> bool:
+        return not self.findings and all(row.ok for row in self.rows)
+
+    def to_json(self) -> dict[str, object]:
+        return {**asdict(self), "ok": self.ok}
+
+
+@final
+@dataclass(frozen=True)
+class BenchRow:
+    """Latency of one file: median and spread over rounds, and its speed against the first file.
+
+    `speed` is the median over rounds of (seconds of the first file / seconds of this file).
+    """
+
+    file: str
+    bytes: int
+    median_seconds: float
+    low_seconds: float
+    high_seconds: float
+    speed: float
+
+
+@final
+@dataclass(frozen=True)
+class Bench:
+    """Interleaved latencies: round k times every file once, after warm-up, on `threads` threads."""
+
+    rows: tuple[BenchRow, ...]
+    threads: int
+    rounds: int
+    shapes: Mapping[str, str]
+    environment: str
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+@final
+@dataclass(frozen=True)
+class Probes:
+    """Inputs and the outputs an artifact gave for them; `octavo verify` replays them."""
+
+    feeds: tuple[Feed, ...]
+    outputs: tuple[Feed, ...]

@@ -1,0 +1,88 @@
+"""Every error a user can meet.
+
+OctavoError
+├── UsageError (exit 2)           a command, option, pipeline or calibration that cannot work
+│   ├── UnknownName               with near misses
+│   └── CalibrationError
+├── GoalNotMet (exit 3)           the artifact is written, the goal is not reached
+├── VerificationFailed (exit 4)   a graph, artifact or audit does not hold what it promises
+├── ModelError (exit 5)           the model file is invalid, unsupported or unsafe
+│   └── UnsafeModel
+└── PassFailed (exit 1)           a bug, wrapped with the folder that reproduces it
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, ClassVar, final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class OctavoError(Exception):
+    """One sentence that says what happened, and where, why and what to do about it."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, what: str, *, where: str = "", why: str = "", hint: str = "") -> None:
+        super().__init__(what)
+        self.what, self.where, self.why, self.hint = what, where, why, hint
+
+    def __str__(self) -> str:
+        parts = (("where", self.where), ("why", self.why), ("hint", self.hint))
+        lines = [f"  {label + ':':<7}{text}" for label, text in parts if text]
+        return "\n".join([self.what, *lines])
+
+
+class UsageError(OctavoError):
+    """The request cannot work as it was given."""
+
+    exit_code = 2
+
+
+@final
+class UnknownName(UsageError):
+    """A name that does not exist, with the names that look like it."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str], *, where: str = "") -> None:
+        names = sorted(known)
+        close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+        shown = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
+        hint = f"did you mean {' or '.join(close)}?" if close else f"known: {shown or 'none'}"
+        super().__init__(f"unknown {kind} '{name}'", where=where, hint=hint)
+
+
+@final
+class CalibrationError(UsageError):
+    """Calibration data that does not fit the model."""
+
+
+@final
+class GoalNotMet(OctavoError):
+    """The artifact was written, but a goal the user set is not reached."""
+
+    exit_code = 3
+
+
+@final
+class VerificationFailed(OctavoError):
+    """A graph, an artifact or an audit does not hold what it promises."""
+
+    exit_code = 4
+
+
+class ModelError(OctavoError):
+    """The model cannot be read: invalid or unsupported."""
+
+    exit_code = 5
+
+
+@final
+class UnsafeModel(ModelError):
+    """The model asks for something a model file must not do."""
+
+
+@final
+class PassFailed(OctavoError):
+    """A pass raised an error nobody expected; `reproducer` holds what replays it."""

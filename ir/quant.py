@@ -1,0 +1,190 @@
+"""How a tensor is quantized, with which numbers, and the numpy truth of doing it.
+
+real = (q - zero_point) * scale, and q = clip(round_half_even(real / scale) + zero_point).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeVar, final
+
+import numpy as np
+import onnx_ir
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Entry = TypeVar("Entry", bound=np.generic)
+QuantType = Literal["u8", "s8", "u4", "s4", "u2", "s2"]
+
+
+@final
+@dataclass(frozen=True)
+class PerTensor:
+    """One scale for the whole tensor: shape `[3, 4]` has a scale of shape `[]`."""
+
+    def __str__(self) -> str:
+        return "tensor"
+
+
+@final
+@dataclass(frozen=True)
+class PerAxis:
+    """One scale per index of `axis`: shape `[3, 4]`, axis 0, has a scale of shape `[3]`."""
+
+    axis: int
+
+    def __str__(self) -> str:
+        return f"axis{self.axis}"
+
+
+@final
+@dataclass(frozen=True)
+class PerBlock:
+    """One scale per `size` entries along `axis`: `[64, 4]`, axis 0, size 32: scale `[2, 4]`."""
+
+    axis: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"block{self.size}@{self.axis}"
+
+
+Granularity = PerTensor | PerAxis | PerBlock
+
+
+@final
+@dataclass(frozen=True)
+class QuantSpec:
+    """How a tensor is quantized; prints as `s8/axis0`.
+
+    `narrow` leaves the lowest code of a signed type unused, so that the grid is symmetric.
+    """
+
+    dtype: QuantType
+    granularity: Granularity = PerTensor()
+    symmetric: bool = False
+    narrow: bool = False
+
+    @property
+    def signed(self) -> bool:
+        return self.dtype[0] == "s"
+
+    @property
+    def bits(self) -> int:
+        return int(self.dtype[1:])
+
+    @property
+    def qmin(self) -> int:
+        return -(2 ** (self.bits - 1)) + self.narrow if self.signed else 0
+
+    @property
+    def qmax(self) -> int:
+        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+
+    @property
+    def onnx_type(self) -> onnx_ir.DataType:
+        return onnx_ir.DataType[("INT" if self.signed else "UINT") + str(self.bits)]
+
+    def __str__(self) -> str:
+        return f"{self.dtype}/{self.granularity}"
+
+
+@final
+@dataclass(frozen=True)
+class QuantParams:
+    """A spec with its numbers; `scale` and `zero_point` have the shape the granularity gives."""
+
+    spec: QuantSpec
+    scale: NDArray[np.float32]
+    zero_point: NDArray[np.int32]
+
+    def __post_init__(self) -> None:
+        if self.scale.shape != self.zero_point.shape:
+            message = f"scale {self.scale.shape} and zero point {self.zero_point.shape} differ"
+            raise ValueError(message)
+        if not (np.all(np.isfinite(self.scale)) and np.all(self.scale > 0)):
+            message = "every scale must be finite and positive"
+            raise ValueError(message)
+
+
+def params_for_range(spec: QuantSpec, low: float, high: float) -> QuantParams:
+    """Per-tensor parameters whose grid covers `[low, high]` and holds zero exactly."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    tiny = float(np.finfo(np.float32).tiny)
+    if spec.symmetric:
+        scale = max(abs(low), abs(high)) / spec.qmax if spec.signed else 0.0
+        if not spec.signed:
+            scale = max(abs(low), abs(high)) / (2 ** (spec.bits - 1) - 1)
+        zero = 0 if spec.signed else 2 ** (spec.bits - 1)
+    else:
+        scale = (high - low) / (spec.qmax - spec.qmin)
+        zero = round(spec.qmin - low / scale) if scale > tiny else spec.qmin
+    scale = scale if scale > tiny else 1.0
+    zero = min(max(zero, spec.qmin), spec.qmax)
+    return QuantParams(spec, np.float32(scale).reshape(()), np.int32(zero).reshape(()))
+
+
+def params_for_weight(weight: NDArray[np.floating], spec: QuantSpec) -> QuantParams:
+    """Symmetric parameters whose grid covers the largest magnitude of every channel or block."""
+    grouped = _grouped(weight, spec.granularity)
+    largest = np.abs(grouped.array).max(axis=grouped.reduced, initial=0.0)
+    scale = (largest / spec.qmax).astype(np.float32)
+    scale[scale <= np.finfo(np.float32).tiny] = 1.0
+    return QuantParams(spec, scale, np.zeros(scale.shape, np.int32))
+
+
+def quantize(real: NDArray[np.floating], params: QuantParams) -> NDArray[np.int32]:
+    """The integer codes of `real`, as ONNX QuantizeLinear computes them (float32 division)."""
+    scale, zero = broadcast_params(params, real.shape)
+    codes = np.rint(real.astype(np.float32) / scale) + zero
+    return np.clip(codes, params.spec.qmin, params.spec.qmax).astype(np.int32)
+
+
+def dequantize(codes: NDArray[np.integer], params: QuantParams) -> NDArray[np.float32]:
+    """The real values of integer codes, as ONNX DequantizeLinear computes them."""
+    scale, zero = broadcast_params(params, codes.shape)
+    return ((codes.astype(np.int32) - zero).astype(np.float32) * scale).astype(np.float32)
+
+
+def broadcast_params(
+    params: QuantParams, shape: tuple[int, ...]
+) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """Scale and zero point, expanded so that they broadcast against a tensor of `shape`."""
+    return _expanded(params.scale, params.spec.granularity, shape), _expanded(
+        params.zero_point, params.spec.granularity, shape
+    )
+
+
+def _expanded(
+    array: NDArray[Entry], granularity: Granularity, shape: tuple[int, ...]
+) -> NDArray[Entry]:
+    match granularity:
+        case PerTensor():
+            return array
+        case PerAxis(axis):
+            return array.reshape([-1 if k == axis % len(shape) else 1 for k in range(len(shape))])
+        case PerBlock(axis, size):
+            repeated = np.repeat(array, size, axis=axis)
+            return np.take(repeated, np.arange(shape[axis]), axis=axis)
+
+
+@dataclass(frozen=True)
+class _Grouped:
+    array: NDArray[np.floating]
+    reduced: tuple[int, ...]
+
+
+def _grouped(weight: NDArray[np.floating], granularity: Granularity) -> _Grouped:
+    match granularity:
+        case PerTensor():
+            return _Grouped(weight, tuple(range(weight.ndim)))
+        case PerAxis(axis):
+            others = tuple(k for k in range(weight.ndim) if k != axis % weight.ndim)
+            return _Grouped(weight, others)
+        case PerBlock(axis, size):
+            axis %= weight.ndim
+            short = -weight.shape[axis] % size
+            padded = np.pad(weight, [(0, short if k == axis else 0) for k in range(weight.ndim)])
+            shape = [*weight.shape[:axis], -1, size, *weight.shape[axis + 1 :]]
+            return _Grouped(padded.reshape(shape), (axis + 1,))

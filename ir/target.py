@@ -1,0 +1,99 @@
+"""What a target can run, as data: rows that say which operator gets which kernel, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, final
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+    from octavo.ir.facts import Method
+
+OutputRule = Literal["quantized", "either", "float"]
+
+
+@final
+@dataclass(frozen=True)
+class Condition:
+    """A named property of a node that a row needs; `holds` must not raise."""
+
+    text: str
+    holds: Callable[[onnx_ir.Node], bool]
+
+
+@final
+@dataclass(frozen=True)
+class KernelRow:
+    """One row: `op_type` compiled by `method` runs as one of `kernels`.
+
+    - `operands`: indices of the inputs that carry activations (quantized by `static`);
+    - `weight`: index of the constant weight, `None` for operators without one;
+    - `weight_axis`: its output-channel axis, where per-axis parameters go;
+    - `bias`: index of the bias input, or `None`;
+    - `output`: "quantized" if the kernel exists only with a quantizer on the output, "either"
+      if the output may stay float, "float" if it must;
+    - `same_params`: the output must have the parameters of operand 0 (data movement);
+    - `fixed_range`: the output range that the operator itself defines;
+    - `kernels`: `domain::op_type` names the audit accepts, empty for "none, float compute";
+    - `speed`: seconds relative to float32 on this target, the analytic prior.
+    """
+
+    op_type: str
+    method: Method
+    kernels: tuple[str, ...]
+    operands: tuple[int, ...] = (0,)
+    weight: int | None = None
+    weight_axis: int = 0
+    bias: int | None = None
+    output: OutputRule = "quantized"
+    same_params: bool = False
+    fixed_range: tuple[float, float] | None = None
+    conditions: tuple[Condition, ...] = ()
+    speed: float = 1.0
+    note: str = ""
+
+
+@final
+@dataclass(frozen=True)
+class Support:
+    """Whether a target runs a node by a method: the row, or the reason why not."""
+
+    row: KernelRow | None
+    reason: str = ""
+
+
+@final
+@dataclass(frozen=True)
+class Target:
+    """A device and runtime as data; `never` holds the reasons for operators that stay float."""
+
+    name: str
+    runtime: str
+    rows: tuple[KernelRow, ...]
+    fused_activations: tuple[str, ...]
+    activation_dtype: Literal["u8", "s8"]
+    weight_bits: int
+    opset: int
+    ir_version: int
+    never: tuple[tuple[str, str], ...] = ()
+
+    def support(self, node: onnx_ir.Node, method: Method) -> Support:
+        """The first row for the node and method whose conditions hold."""
+        reason = ""
+        for row in self.rows:
+            if (
+                row.method != method
+                or row.op_type != node.op_type
+                or node.domain not in ("", "ai.onnx")
+            ):
+                continue
+            missing = next((c.text for c in row.conditions if not c.holds(node)), None)
+            if missing is None:
+                return Support(row)
+            reason = reason or f"{self.name} needs: {missing}"
+        known = dict(self.never).get(node.op_type)
+        return Support(
+            None, known or reason or f"{self.name} has no {method} kernel for {node.op_type}"
+        )

@@ -1,0 +1,169 @@
+"""A pipeline: parsed from text, checked before it runs, run pass by pass on private copies."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, final
+
+from octavo.ir.errors import OctavoError, PassFailed, UsageError
+from octavo.ir.verify import verify
+from octavo.passes.base import Recorder, Statistic
+from octavo.passes.calibrate import Calibrate
+from octavo.passes.record import GraphDiff, PassRecord, structural_diff, summarise
+from octavo.passes.registry import PASSES
+from octavo.passes.spec import format_pass, parse_passes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from octavo.ir.facts import Fact
+    from octavo.ir.model import Model
+    from octavo.passes.base import Pass, PassContext
+    from octavo.passes.instruments import Instrument
+
+
+@final
+@dataclass(frozen=True)
+class Compilation:
+    """A model after a pipeline, and one record per pass."""
+
+    model: Model
+    records: tuple[PassRecord, ...]
+
+
+@final
+@dataclass(frozen=True)
+class Pipeline:
+    """A sequence of passes; `str(Pipeline.parse(text))` parses back to an equal pipeline."""
+
+    passes: tuple[Pass, ...]
+
+    @staticmethod
+    def parse(text: str) -> Pipeline:
+        return Pipeline(parse_passes(text, PASSES))
+
+    def __str__(self) -> str:
+        return ",".join(format_pass(p) for p in self.passes)
+
+    def split(self, name: str) -> tuple[Pipeline, Pipeline]:
+        """The passes before the first one called `name`, and the rest."""
+        names = [p.name for p in self.passes]
+        at = names.index(name) if name in names else len(names)
+        return Pipeline(self.passes[:at]), Pipeline(self.passes[at:])
+
+    def check(self, available: Sequence[type[Fact]]) -> None:
+        """Refuse a pipeline in which a pass misses a fact, naming the pass that produces it."""
+        have = set(available)
+        for index, pass_ in enumerate(self.passes):
+            missing = [fact for fact in pass_.requires if fact not in have]
+            if missing:
+                raise _missing_fact(pass_, index, missing[0], self)
+            have = {f for f in have if issubclass(f, pass_.preserves)} | set(pass_.produces)
+
+    def run(
+        self, model: Model, ctx: PassContext, instruments: Sequence[Instrument] = ()
+    ) -> Compilation:
+        """Run every pass on a private clone, verify after each, and record what it did."""
+        self.check(tuple(model.facts))
+        records: list[PassRecord] = []
+        for index, pass_ in enumerate(self.passes):
+            model, record = self._step(index, pass_, model, ctx, instruments)
+            records.append(record)
+        return Compilation(model, tuple(records))
+
+    def _step(
+        self,
+        index: int,
+        pass_: Pass,
+        before: Model,
+        ctx: PassContext,
+        instruments: Sequence[Instrument],
+    ) -> tuple[Model, PassRecord]:
+        own = replace(ctx, recorder=Recorder(), statistics=self._requests(index, before, ctx))
+        for instrument in instruments:
+            instrument.before_pass(index, pass_, before, self)
+        begin = time.perf_counter()
+        try:
+            returned = pass_.run(before.clone(), own)
+        except OctavoError:
+            raise
+        except Exception as error:
+            raise self._failed(index, pass_, before, error, instruments) from error
+        seconds = time.perf_counter() - begin
+        after = _settle(before, returned, pass_)
+        begin = time.perf_counter()
+        verify(after, after_pass=pass_.name)
+        verify_seconds = time.perf_counter() - begin
+        record = _record(index, pass_, before, after, own.recorder, seconds, verify_seconds)
+        for instrument in reversed(instruments):
+            record = instrument.after_pass(record, after)
+        return after, record
+
+    def _requests(self, index: int, model: Model, ctx: PassContext) -> tuple[Statistic, ...]:
+        if not isinstance(self.passes[index], Calibrate):
+            return ()
+        later = (s for p in self.passes[index + 1 :] for s in p.statistics(model, ctx))
+        return tuple(dict.fromkeys(later))
+
+    def _failed(
+        self,
+        index: int,
+        pass_: Pass,
+        before: Model,
+        error: Exception,
+        instruments: Sequence[Instrument],
+    ) -> OctavoError:
+        folders = [f for i in instruments if (f := i.failed(index, pass_, before, self, error))]
+        hint = f"octavo replay {folders[0]} runs it again" if folders else ""
+        return PassFailed(
+            f"{pass_.name}: {type(error).__name__}: {error}",
+            where=f"pass {index + 1} of {len(self.passes)}, {before.source.name}",
+            why="this is a defect of octavo, not of the model",
+            hint=hint,
+        )
+
+
+def _settle(before: Model, after: Model, pass_: Pass) -> Model:
+    """Drop the facts a changed graph has made stale."""
+    if after.fingerprint == before.fingerprint:
+        return after
+    return after.keeping((*pass_.preserves, *pass_.produces))
+
+
+def _record(
+    index: int,
+    pass_: Pass,
+    before: Model,
+    after: Model,
+    recorder: Recorder,
+    seconds: float,
+    verify_seconds: float,
+) -> PassRecord:
+    changed = after.fingerprint != before.fingerprint
+    added = {k.__name__ for k, v in after.facts.items() if before.facts.get(k) is not v}
+    dropped = {k.__name__ for k in before.facts.keys() - after.facts.keys()}
+    return PassRecord(
+        index=index,
+        spec=format_pass(pass_),
+        status="changed" if changed or added else "unchanged",
+        seconds=seconds,
+        verify_seconds=verify_seconds,
+        peak_bytes=0,
+        before=summarise(before),
+        after=summarise(after),
+        diff=structural_diff(before, after) if changed else GraphDiff((), (), ()),
+        facts_added=tuple(sorted(added)),
+        facts_dropped=tuple(sorted(dropped)),
+        counters=dict(sorted(recorder.counters.items())),
+        remarks=tuple(recorder.remarks),
+    )
+
+
+def _missing_fact(pass_: Pass, index: int, fact: type[Fact], pipeline: Pipeline) -> UsageError:
+    producers = sorted(name for name, p in PASSES.items() if fact in p.produces)
+    return UsageError(
+        f"{pass_.name} needs {fact.__name__}, and no pass before it produces it",
+        where=f"pass {index + 1} of '{pipeline}'",
+        hint=f"put {' or '.join(producers)} before {pass_.name}" if producers else "",
+    )

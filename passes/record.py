@@ -1,0 +1,107 @@
+"""What one pass did, as data; the log is these records and nothing else."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Literal, final
+
+import onnx_ir
+
+from octavo.ir.model import weight_bytes
+
+if TYPE_CHECKING:
+    from octavo.ir.model import Model
+    from octavo.passes.base import Remark
+
+Json = dict[str, object]
+
+
+@final
+@dataclass(frozen=True)
+class GraphSummary:
+    """A model in numbers: node count by operator, weight bytes, weight bytes by dtype."""
+
+    fingerprint: str
+    nodes: dict[str, int]
+    weight_bytes: int
+    bytes_by_dtype: dict[str, int]
+
+
+@final
+@dataclass(frozen=True)
+class GraphDiff:
+    """Node names that one pass added, removed, or rewired (same name, other line)."""
+
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    changed: tuple[str, ...]
+
+
+@final
+@dataclass(frozen=True)
+class PassRecord:
+    """The whole story of one pass run; `seconds` excludes verification."""
+
+    index: int
+    spec: str
+    status: Literal["changed", "unchanged", "failed"]
+    seconds: float
+    verify_seconds: float
+    peak_bytes: int
+    before: GraphSummary
+    after: GraphSummary
+    diff: GraphDiff
+    facts_added: tuple[str, ...] = ()
+    facts_dropped: tuple[str, ...] = ()
+    counters: dict[str, int] = field(default_factory=dict)
+    remarks: tuple[Remark, ...] = ()
+    damage: float | None = None
+
+    def to_json(self) -> Json:
+        return asdict(self)
+
+
+def summarise(model: Model) -> GraphSummary:
+    """Counts and bytes of a model, subgraphs included."""
+    nodes: Counter[str] = Counter()
+    by_dtype: Counter[str] = Counter()
+    seen: set[int] = set()
+    for graph in (model.graph, *model.graph.subgraphs()):
+        nodes.update(qualified(node) for node in graph)
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                by_dtype[tensor.dtype.name] += tensor.nbytes
+    ordered = dict(sorted(nodes.items()))
+    return GraphSummary(
+        model.fingerprint, ordered, weight_bytes(model), dict(sorted(by_dtype.items()))
+    )
+
+
+def structural_diff(before: Model, after: Model) -> GraphDiff:
+    """What changed between two models, by node name."""
+    old, new = _by_name(before), _by_name(after)
+    return GraphDiff(
+        added=tuple(sorted(new.keys() - old.keys())),
+        removed=tuple(sorted(old.keys() - new.keys())),
+        changed=tuple(sorted(n for n in old.keys() & new.keys() if old[n] != new[n])),
+    )
+
+
+def qualified(node: onnx_ir.Node) -> str:
+    """`Conv` for the standard domain, `com.microsoft::QGemm` for others."""
+    return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
+
+
+def _by_name(model: Model) -> dict[str, tuple[object, ...]]:
+    return {
+        node.name or "": (
+            qualified(node),
+            tuple(v.name if v is not None else None for v in node.inputs),
+            tuple(v.name for v in node.outputs),
+            tuple(f"{k}={a.value!r}" for k, a in sorted(node.attributes.items()) if not a.is_ref()),
+        )
+        for node in model.graph
+    }

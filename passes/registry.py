@@ -1,0 +1,21 @@
+"""Name → pass class, from a literal list; adding a pass is one line here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from octavo.passes.calibrate import Calibrate
+from octavo.passes.canonicalize import Canonicalize
+from octavo.passes.choose_kernels import ChooseKernels
+from octavo.passes.insert_fake_quant import InsertFakeQuant
+from octavo.passes.place_quantizers import PlaceQuantizers
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from octavo.passes.base import Pass
+
+PASSES: Mapping[str, type[Pass]] = {
+    pass_.name: pass_
+    for pass_ in (Canonicalize, Calibrate, ChooseKernels, PlaceQuantizers, InsertFakeQuant)
+}
