@@ -92,7 +92,7 @@ FLOAT = Option("float")
 @final
 @dataclass(frozen=True)
 class Choice:
-    """The option a node got, why, and the seconds that decided (empty when nothing was measured)."""
+    """The option a node got, why, and the seconds that decided (none: not measured)."""
 
     option: Option
     reason: str

@@ -58,13 +58,14 @@ Granularity = PerTensor | PerAxis | PerBlock
 class QuantSpec:
     """How a tensor is quantized; prints as `s8/axis0`.
 
-    `narrow` leaves the lowest code of a signed type unused, so that the grid is symmetric.
+    A symmetric signed grid leaves its lowest code unused. `used_bits` restricts the codes to
+    fewer bits than the type has (7-bit weights where the kernel would saturate).
     """
 
     dtype: QuantType
     granularity: Granularity = PerTensor()
     symmetric: bool = False
-    narrow: bool = False
+    used_bits: int | None = None
 
     @property
     def signed(self) -> bool:
@@ -76,11 +77,12 @@ class QuantSpec:
 
     @property
     def qmin(self) -> int:
-        return -(2 ** (self.bits - 1)) + self.narrow if self.signed else 0
+        return -(1 << ((self.used_bits or self.bits) - 1)) + self.symmetric if self.signed else 0
 
     @property
     def qmax(self) -> int:
-        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+        bits = self.used_bits or self.bits
+        return (1 << (bits - 1)) - 1 if self.signed else (1 << bits) - 1
 
     @property
     def onnx_type(self) -> onnx_ir.DataType:
@@ -122,7 +124,7 @@ def params_for_range(spec: QuantSpec, low: float, high: float) -> QuantParams:
         zero = round(spec.qmin - low / scale) if scale > tiny else spec.qmin
     scale = scale if scale > tiny else 1.0
     zero = min(max(zero, spec.qmin), spec.qmax)
-    return QuantParams(spec, np.float32(scale).reshape(()), np.int32(zero).reshape(()))
+    return QuantParams(spec, np.array(scale, np.float32), np.array(zero, np.int32))
 
 
 def params_for_weight(weight: NDArray[np.floating], spec: QuantSpec) -> QuantParams:
@@ -138,7 +140,8 @@ def quantize(real: NDArray[np.floating], params: QuantParams) -> NDArray[np.int3
     """The integer codes of `real`, as ONNX QuantizeLinear computes them (float32 division)."""
     scale, zero = broadcast_params(params, real.shape)
     codes = np.rint(real.astype(np.float32) / scale) + zero
-    return np.clip(codes, params.spec.qmin, params.spec.qmax).astype(np.int32)
+    clipped: NDArray[np.int32] = np.clip(codes, params.spec.qmin, params.spec.qmax).astype(np.int32)
+    return clipped
 
 
 def dequantize(codes: NDArray[np.integer], params: QuantParams) -> NDArray[np.float32]:

@@ -1,0 +1,224 @@
+"""ONNX Runtime on CPU as data: every row is tested against the runtime."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from octavo.ir.target import Condition, KernelRow, Target
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+    from octavo.ir.target import OutputRule
+
+MICROSOFT = "com.microsoft"
+
+
+def _constant(node: onnx_ir.Node, index: int) -> onnx_ir.TensorProtocol | None:
+    value = node.inputs[index] if index < len(node.inputs) else None
+    return value.const_value if value is not None else None
+
+
+def _float_constant(index: int) -> Condition:
+    def holds(node: onnx_ir.Node) -> bool:
+        tensor = _constant(node, index)
+        return tensor is not None and tensor.dtype.name == "FLOAT" and tensor.size > 0
+
+    return Condition(f"a constant float32 weight as input {index}", holds)
+
+
+def _attribute(name: str, default: object, *allowed: object) -> Condition:
+    def holds(node: onnx_ir.Node) -> bool:
+        attribute = node.attributes.get(name)
+        return (default if attribute is None else attribute.value) in allowed
+
+    return Condition(f"{name} = {' or '.join(map(str, allowed))}", holds)
+
+
+def _rank(index: int, *ranks: int) -> Condition:
+    def holds(node: onnx_ir.Node) -> bool:
+        value = node.inputs[index] if index < len(node.inputs) else None
+        return value is not None and value.shape is not None and value.shape.rank() in ranks
+
+    return Condition(f"input {index} of rank {' or '.join(map(str, ranks))}", holds)
+
+
+def _float_inputs(*indices: int) -> Condition:
+    def holds(node: onnx_ir.Node) -> bool:
+        chosen = [node.inputs[k] for k in indices] if indices else list(node.inputs)
+        return all(v is not None and v.dtype is not None and v.dtype.name == "FLOAT" for v in chosen)
+
+    return Condition("float32 inputs", holds)
+
+
+def _group(kind: str) -> Condition:
+    def holds(node: onnx_ir.Node) -> bool:
+        weight = _constant(node, 1)
+        group = node.attributes.get_int("group", 1)
+        if weight is None or group == 1:
+            return kind == "dense"
+        depthwise = weight.shape[1] == 1 and weight.shape[0] == group
+        return kind == ("depthwise" if depthwise else "grouped")
+
+    return Condition(f"{kind} convolution", holds)
+
+
+_ONE_CONSUMER_RNN = Condition(
+    "default activations, no peephole, no clip, forward or bidirectional, batch second",
+    lambda node: (
+        not {"activations", "clip", "input_forget"} & set(node.attributes)
+        and node.attributes.get_int("layout", 0) == 0
+        and (len(node.inputs) < 5 or node.inputs[4] is None)
+        and (len(node.inputs) < 8 or node.inputs[7] is None)
+    ),
+)
+_INTEGER_CONV = (f"{MICROSOFT}::QLinearConv", "QLinearConv")
+_INTEGER_MATMUL = (
+    "QLinearMatMul",
+    f"{MICROSOFT}::MatMulIntegerToFloat",
+    f"{MICROSOFT}::QGemm",
+)
+_DYNAMIC_MATMUL = (f"{MICROSOFT}::DynamicQuantizeMatMul", f"{MICROSOFT}::MatMulIntegerToFloat")
+
+
+def _conv(kind: str, speed: float, note: str = "") -> KernelRow:
+    conditions = (_float_constant(1), _group(kind))
+    return KernelRow(
+        "Conv", "static", _INTEGER_CONV, (0,), 1, 0, 2, "quantized",
+        conditions=conditions, speed=speed, note=note,
+    )  # fmt: skip
+
+
+def _elementwise(op_type: str, kernel: str, *, fixed: tuple[float, float] | None = None) -> KernelRow:
+    operands = {"Add": (0, 1), "Mul": (0, 1), "Concat": (), "Where": (1, 2)}.get(op_type, (0,))
+    return KernelRow(
+        op_type, "static", (f"{MICROSOFT}::{kernel}",), operands, fixed_range=fixed,
+        conditions=(_float_inputs(*operands),), speed=0.6,
+    )  # fmt: skip
+
+
+def _movement(op_type: str, *conditions: Condition, kernel: str = "") -> KernelRow:
+    kernels = (op_type, kernel) if kernel else (op_type,)
+    return KernelRow(
+        op_type, "static", kernels, (0,), same_params=True,
+        conditions=(_float_inputs(0), *conditions), speed=0.3,
+    )  # fmt: skip
+
+
+def _gemm(transposed: int) -> KernelRow:
+    conditions = (
+        _float_constant(1),
+        _attribute("transB", 0, transposed),
+        _attribute("transA", 0, 0),
+        _attribute("alpha", 1.0, 1.0),
+        _attribute("beta", 1.0, 1.0),
+    )
+    return KernelRow(
+        "Gemm", "static", (f"{MICROSOFT}::QGemm",), (0,), 1, 1 - transposed, 2, "either",
+        conditions=conditions, speed=0.32,
+    )  # fmt: skip
+
+
+def _storage(op_type: str, weight: int, axis: int, *conditions: Condition) -> KernelRow:
+    output: OutputRule = "float"
+    return KernelRow(
+        op_type, "storage", (), (), weight, axis, None, output,
+        conditions=(_float_constant(weight), *conditions),
+        note="stored as int8, unpacked when the model loads",
+    )  # fmt: skip
+
+
+_STATIC = (
+    _conv("dense", 0.28),
+    _conv("depthwise", 0.9, "faster or slower than float by shape: measure"),
+    _conv("grouped", 1.95, "slower than float: pays only inside an integer region"),
+    KernelRow(
+        "MatMul", "static", _INTEGER_MATMUL, (0,), 1, 1, None, "either",
+        conditions=(_float_constant(1), _rank(1, 2)), speed=0.32,
+    ),
+    KernelRow(
+        "MatMul", "static", _INTEGER_MATMUL, (0, 1), output="either",
+        conditions=(_float_inputs(0, 1),), speed=0.45, note="both inputs are activations",
+    ),
+    _gemm(0),
+    _gemm(1),
+    _elementwise("Add", "QLinearAdd"),
+    _elementwise("Mul", "QLinearMul"),
+    _elementwise("Concat", "QLinearConcat"),
+    _elementwise("Where", "QLinearWhere"),
+    _elementwise("AveragePool", "QLinearAveragePool"),
+    _elementwise("GlobalAveragePool", "QLinearGlobalAveragePool"),
+    _elementwise("Softmax", "QLinearSoftmax", fixed=(0.0, 1.0)),
+    _elementwise("Sigmoid", "QLinearSigmoid", fixed=(0.0, 1.0)),
+    _elementwise("LeakyRelu", "QLinearLeakyRelu"),
+    _movement("MaxPool", _rank(0, 4), kernel=f"{MICROSOFT}::NhwcMaxPool"),
+    _movement("Reshape"),
+    _movement("Transpose"),
+    _movement("Squeeze"),
+    _movement("Unsqueeze"),
+    _movement("Flatten", kernel="Reshape"),
+    _movement("Slice"),
+    _movement("Expand"),
+    _movement("Tile"),
+    _movement("DepthToSpace"),
+    _movement("Resize", _attribute("mode", "nearest", "nearest")),
+    _movement("Split"),
+    _movement("Gather"),
+    _movement("GatherElements"),
+    _movement("ReduceMax"),
+)  # fmt: skip
+
+_DYNAMIC = (
+    KernelRow(
+        "MatMul", "dynamic", _DYNAMIC_MATMUL, (0,), 1, 1, None, "float",
+        conditions=(_float_constant(1), _rank(1, 2)), speed=0.33,
+    ),
+    KernelRow(
+        "LSTM", "dynamic", (f"{MICROSOFT}::DynamicQuantizeLSTM",), (0,), 1, 1, None, "float",
+        conditions=(_float_constant(1), _float_constant(2), _ONE_CONSUMER_RNN), speed=0.45,
+        note="its error is measured before it is chosen",
+    ),
+)  # fmt: skip
+
+_WEIGHT_ONLY = (
+    KernelRow(
+        "MatMul", "weight-only", (f"{MICROSOFT}::MatMulNBits",), (), 1, 0, None, "float",
+        conditions=(_float_constant(1), _rank(1, 2)), speed=0.9,
+        note="fast for one row (decoding), slower than dynamic for many",
+    ),
+)  # fmt: skip
+
+_STORAGE = (
+    _storage("Conv", 1, 0),
+    _storage("ConvTranspose", 1, 1, _attribute("group", 1, 1)),
+    _storage("MatMul", 1, 1),
+    _storage("Gemm", 1, 0, _attribute("transB", 0, 1)),
+    _storage("Gemm", 1, 1, _attribute("transB", 0, 0)),
+    _storage("Gather", 0, 0, _attribute("axis", 0, 0), _rank(0, 2)),
+    *(_storage(op_type, 1, 1) for op_type in ("LSTM", "GRU", "RNN")),
+)
+
+_FLOAT_ONLY = "onnxruntime has no integer kernel for it: a quantizer around it only adds work"
+_NEVER = tuple(
+    (op_type, _FLOAT_ONLY)
+    for op_type in (
+        "ConvTranspose", "GRU", "RNN", "Sub", "Div", "ReduceMean", "Pad", "HardSwish",
+        "HardSigmoid", "Tanh", "Elu", "Gelu", "Erf", "Exp", "Sqrt", "Pow", "Max", "Min", "TopK",
+        "LogSoftmax", "Einsum", "LayerNormalization", "RMSNormalization", "Relu", "Clip",
+        "InstanceNormalization", "BatchNormalization", "Attention", "PRelu",
+    )
+)  # fmt: skip
+
+ORT_CPU = Target(
+    name="ort-cpu",
+    runtime="onnxruntime CPUExecutionProvider",
+    rows=(*_STATIC, *_DYNAMIC, *_WEIGHT_ONLY, *_STORAGE),
+    fused_activations=("Relu", "Clip"),
+    activation_dtype="u8",
+    weight_bits=8,
+    opset=21,
+    ir_version=10,
+    never=_NEVER,
+)
+
+TARGETS = {ORT_CPU.name: ORT_CPU}

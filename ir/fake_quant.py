@@ -1,0 +1,198 @@
+"""Quantization inside the pipeline: nodes of domain `octavo` that every runtime can execute.
+
+`FakeQuant(x, scale, zero_point)` rounds `x` to its grid and returns floats; scale and zero point
+(float32) have a shape that broadcasts against `x`. `FakeQuantBlocks` does so per block of one
+axis, on `x` reshaped to `blocked_shape`. `FakeQuantDynamic(x)` finds u8 parameters at run time.
+All three are also local functions of standard operators, so that the model always runs.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir
+
+from octavo.ir.quant import (
+    PerAxis,
+    PerBlock,
+    PerTensor,
+    QuantParams,
+    QuantSpec,
+    QuantType,
+    broadcast_params,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+DOMAIN = "octavo"
+OPTION = "octavo.option"
+_OPSET = 21
+_SPEC = re.compile(r"([us]\d)/(?:(tensor)|axis(\d+)|block(\d+)@(\d+))(-)?(?:~(\d))?$")
+
+_BODIES = {
+    "FakeQuant": """
+        <opset_import: ["" : 21], domain: "octavo">
+        FakeQuant <qmin: float, qmax: float, spec: string> (x, scale, zero_point) => (y) {
+            low = Constant <value_float: float = @qmin> ()
+            high = Constant <value_float: float = @qmax> ()
+            divided = Div (x, scale)
+            rounded = Round (divided)
+            shifted = Add (rounded, zero_point)
+            clipped = Clip (shifted, low, high)
+            centred = Sub (clipped, zero_point)
+            y = Mul (centred, scale)
+        }""",
+    "FakeQuantBlocks": """
+        <opset_import: ["" : 21], domain: "octavo">
+        FakeQuantBlocks <qmin: float, qmax: float, spec: string>
+            (x, scale, zero_point, blocked_shape) => (y) {
+            low = Constant <value_float: float = @qmin> ()
+            high = Constant <value_float: float = @qmax> ()
+            shape = Shape (x)
+            blocks = Reshape (x, blocked_shape)
+            divided = Div (blocks, scale)
+            rounded = Round (divided)
+            shifted = Add (rounded, zero_point)
+            clipped = Clip (shifted, low, high)
+            centred = Sub (clipped, zero_point)
+            scaled = Mul (centred, scale)
+            y = Reshape (scaled, shape)
+        }""",
+    "FakeQuantDynamic": """
+        <opset_import: ["" : 21], domain: "octavo">
+        FakeQuantDynamic (x) => (y) {
+            codes, scale, zero_point = DynamicQuantizeLinear (x)
+            y = DequantizeLinear (codes, scale, zero_point)
+        }""",
+}
+
+
+def declare_functions(model: onnx_ir.Model) -> None:
+    """Add the local functions that the model's octavo nodes need, and remove the others."""
+    used = {node.op_type for node in model.graph.all_nodes() if node.domain == DOMAIN}
+    for name in _BODIES:
+        model.functions.pop((DOMAIN, name, ""), None)
+        if name in used:
+            model.functions[DOMAIN, name, ""] = _function(name)
+    if used:
+        model.opset_imports[DOMAIN] = 1
+    else:
+        model.opset_imports.pop(DOMAIN, None)
+
+
+def fake_quant_node(
+    value: onnx_ir.Value, params: QuantParams, name: str, constants: onnx_ir.Graph
+) -> onnx_ir.Node:
+    """A FakeQuant of `value`; its scale and zero point become initializers of `constants`."""
+    shape = _dims(value)
+    blocked = _blocked_shape(params.spec, shape)
+    if blocked is None:
+        scale, zero = broadcast_params(params, shape)
+        extra, op_type = [], "FakeQuant"
+    else:
+        axis = blocked[0]
+        scale = np.expand_dims(params.scale, axis + 1)
+        zero = np.expand_dims(params.zero_point, axis + 1)
+        extra = [constant(constants, f"{name}_blocks", np.array(blocked[1], np.int64))]
+        op_type = "FakeQuantBlocks"
+    scale_value = constant(constants, f"{name}_scale", scale.astype(np.float32))
+    zero_value = constant(constants, f"{name}_zero_point", zero.astype(np.float32))
+    attributes: dict[str, float | str] = {
+        "qmin": float(params.spec.qmin),
+        "qmax": float(params.spec.qmax),
+        "spec": spec_text(params.spec),
+    }
+    node = onnx_ir.node(
+        op_type,
+        [value, scale_value, zero_value, *extra],
+        attributes=attributes,
+        domain=DOMAIN,
+        name=name,
+    )
+    node.outputs[0].shape, node.outputs[0].type = value.shape, value.type
+    return node
+
+
+def params_of(node: onnx_ir.Node) -> QuantParams:
+    """The parameters a FakeQuant node carries, in the shape of its granularity."""
+    spec = parse_spec(node.attributes["spec"].as_string())
+    scale, zero = (_array(node.inputs[k]) for k in (1, 2))
+    match spec.granularity:
+        case PerTensor():
+            shape: tuple[int, ...] = ()
+        case PerAxis(_):
+            shape = (scale.size,)
+        case PerBlock(axis, _):
+            keep = node.op_type == "FakeQuant"
+            shape = scale.shape if keep else (*scale.shape[: axis + 1], *scale.shape[axis + 2 :])
+    return QuantParams(spec, scale.reshape(shape), zero.astype(np.int32).reshape(shape))
+
+
+def constant(graph: onnx_ir.Graph, name: str, array: NDArray[np.generic]) -> onnx_ir.Value:
+    """An initializer of `graph`; an existing one of that name must hold the same array."""
+    if name in graph.initializers:
+        return graph.initializers[name]
+    value = onnx_ir.Value(
+        name=name,
+        shape=onnx_ir.Shape(array.shape),
+        type=onnx_ir.TensorType(onnx_ir.DataType.from_numpy(array.dtype)),
+        const_value=onnx_ir.Tensor(array, name=name),
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def spec_text(spec: QuantSpec) -> str:
+    """`s8/axis0`, then `-` for a symmetric grid and `~7` where fewer bits are used."""
+    used = f"~{spec.used_bits}" if spec.used_bits else ""
+    return f"{spec.dtype}/{spec.granularity}{'-' if spec.symmetric else ''}{used}"
+
+
+def parse_spec(text: str) -> QuantSpec:
+    """The spec that `spec_text` wrote."""
+    match = _SPEC.match(text)
+    if match is None:
+        message = f"'{text}' is not a quantization spec"
+        raise ValueError(message)
+    dtype, tensor, axis, size, block_axis, symmetric, used = match.groups()
+    granularity = (
+        PerTensor()
+        if tensor
+        else PerAxis(int(axis))
+        if axis is not None
+        else PerBlock(int(block_axis), int(size))
+    )
+    known: QuantType = dtype
+    return QuantSpec(known, granularity, bool(symmetric), int(used) if used else None)
+
+
+def _blocked_shape(spec: QuantSpec, shape: tuple[int, ...]) -> tuple[int, list[int]] | None:
+    """Where a block is a whole axis, plain broadcasting does; otherwise the axis is split."""
+    if not isinstance(spec.granularity, PerBlock):
+        return None
+    axis, size = spec.granularity.axis, spec.granularity.size
+    if shape[axis] == size:
+        return None
+    return axis, [*shape[:axis], shape[axis] // size, size, *shape[axis + 1 :]]
+
+
+def _dims(value: onnx_ir.Value) -> tuple[int, ...]:
+    """Static dims; a per-tensor activation needs none, so unknown ones count as 1."""
+    if value.shape is None:
+        return ()
+    return tuple(d if isinstance(d, int) else 1 for d in value.shape.dims)
+
+
+def _array(value: onnx_ir.Value | None) -> NDArray[np.float32]:
+    assert value is not None
+    assert value.const_value is not None
+    return value.const_value.numpy().astype(np.float32)
+
+
+def _function(name: str) -> onnx_ir.Function:
+    import onnx.parser
+
+    return onnx_ir.serde.deserialize_function(onnx.parser.parse_function(_BODIES[name]))
