@@ -9,8 +9,6 @@ from octavo.ir.target import Condition, KernelRow, Target
 if TYPE_CHECKING:
     import onnx_ir
 
-    from octavo.ir.target import OutputRule
-
 MICROSOFT = "com.microsoft"
 
 
@@ -46,7 +44,9 @@ def _rank(index: int, *ranks: int) -> Condition:
 def _float_inputs(*indices: int) -> Condition:
     def holds(node: onnx_ir.Node) -> bool:
         chosen = [node.inputs[k] for k in indices] if indices else list(node.inputs)
-        return all(v is not None and v.dtype is not None and v.dtype.name == "FLOAT" for v in chosen)
+        return all(
+            v is not None and v.dtype is not None and v.dtype.name == "FLOAT" for v in chosen
+        )
 
     return Condition("float32 inputs", holds)
 
@@ -63,7 +63,7 @@ def _group(kind: str) -> Condition:
     return Condition(f"{kind} convolution", holds)
 
 
-_ONE_CONSUMER_RNN = Condition(
+_PLAIN_LSTM = Condition(
     "default activations, no peephole, no clip, forward or bidirectional, batch second",
     lambda node: (
         not {"activations", "clip", "input_forget"} & set(node.attributes)
@@ -84,15 +84,18 @@ _DYNAMIC_MATMUL = (f"{MICROSOFT}::DynamicQuantizeMatMul", f"{MICROSOFT}::MatMulI
 def _conv(kind: str, speed: float, note: str = "") -> KernelRow:
     conditions = (_float_constant(1), _group(kind))
     return KernelRow(
-        "Conv", "static", _INTEGER_CONV, (0,), 1, 0, 2, "quantized",
+        "Conv", "static", _INTEGER_CONV, weights=(1,), weight_axis=0, bias=2,
         conditions=conditions, speed=speed, note=note,
     )  # fmt: skip
 
 
-def _elementwise(op_type: str, kernel: str, *, fixed: tuple[float, float] | None = None) -> KernelRow:
+def _elementwise(
+    op_type: str, kernel: str, *, fixed: tuple[float, float] | None = None
+) -> KernelRow:
     operands = {"Add": (0, 1), "Mul": (0, 1), "Concat": (), "Where": (1, 2)}.get(op_type, (0,))
     return KernelRow(
-        op_type, "static", (f"{MICROSOFT}::{kernel}",), operands, fixed_range=fixed,
+        op_type, "static", (f"{MICROSOFT}::{kernel}",), operands, variadic=not operands,
+        fixed_range=fixed,
         conditions=(_float_inputs(*operands),), speed=0.6,
     )  # fmt: skip
 
@@ -114,16 +117,17 @@ def _gemm(transposed: int) -> KernelRow:
         _attribute("beta", 1.0, 1.0),
     )
     return KernelRow(
-        "Gemm", "static", (f"{MICROSOFT}::QGemm",), (0,), 1, 1 - transposed, 2, "either",
-        conditions=conditions, speed=0.32,
+        "Gemm", "static", (f"{MICROSOFT}::QGemm",), weights=(1,), weight_axis=1 - transposed,
+        bias=2, output="either", conditions=conditions, speed=0.32,
     )  # fmt: skip
 
 
-def _storage(op_type: str, weight: int, axis: int, *conditions: Condition) -> KernelRow:
-    output: OutputRule = "float"
+def _storage(
+    op_type: str, weights: tuple[int, ...], axis: int, *conditions: Condition
+) -> KernelRow:
     return KernelRow(
-        op_type, "storage", (), (), weight, axis, None, output,
-        conditions=(_float_constant(weight), *conditions),
+        op_type, "storage", (), (), weights=weights, weight_axis=axis, output="float",
+        conditions=(*map(_float_constant, weights), *conditions),
         note="stored as int8, unpacked when the model loads",
     )  # fmt: skip
 
@@ -133,7 +137,7 @@ _STATIC = (
     _conv("depthwise", 0.9, "faster or slower than float by shape: measure"),
     _conv("grouped", 1.95, "slower than float: pays only inside an integer region"),
     KernelRow(
-        "MatMul", "static", _INTEGER_MATMUL, (0,), 1, 1, None, "either",
+        "MatMul", "static", _INTEGER_MATMUL, weights=(1,), weight_axis=1, output="either",
         conditions=(_float_constant(1), _rank(1, 2)), speed=0.32,
     ),
     KernelRow(
@@ -170,32 +174,33 @@ _STATIC = (
 
 _DYNAMIC = (
     KernelRow(
-        "MatMul", "dynamic", _DYNAMIC_MATMUL, (0,), 1, 1, None, "float",
+        "MatMul", "dynamic", _DYNAMIC_MATMUL, weights=(1,), weight_axis=1, output="float",
         conditions=(_float_constant(1), _rank(1, 2)), speed=0.33,
     ),
     KernelRow(
-        "LSTM", "dynamic", (f"{MICROSOFT}::DynamicQuantizeLSTM",), (0,), 1, 1, None, "float",
-        conditions=(_float_constant(1), _float_constant(2), _ONE_CONSUMER_RNN), speed=0.45,
+        "LSTM", "dynamic", (f"{MICROSOFT}::DynamicQuantizeLSTM",), weights=(1, 2), weight_axis=1,
+        output="float", conditions=(_float_constant(1), _float_constant(2), _PLAIN_LSTM), speed=0.45,
         note="its error is measured before it is chosen",
     ),
 )  # fmt: skip
 
 _WEIGHT_ONLY = (
     KernelRow(
-        "MatMul", "weight-only", (f"{MICROSOFT}::MatMulNBits",), (), 1, 0, None, "float",
+        "MatMul", "weight-only", (f"{MICROSOFT}::MatMulNBits",), (), weights=(1,), output="float",
         conditions=(_float_constant(1), _rank(1, 2)), speed=0.9,
         note="fast for one row (decoding), slower than dynamic for many",
     ),
 )  # fmt: skip
 
 _STORAGE = (
-    _storage("Conv", 1, 0),
-    _storage("ConvTranspose", 1, 1, _attribute("group", 1, 1)),
-    _storage("MatMul", 1, 1),
-    _storage("Gemm", 1, 0, _attribute("transB", 0, 1)),
-    _storage("Gemm", 1, 1, _attribute("transB", 0, 0)),
-    _storage("Gather", 0, 0, _attribute("axis", 0, 0), _rank(0, 2)),
-    *(_storage(op_type, 1, 1) for op_type in ("LSTM", "GRU", "RNN")),
+    _storage("Conv", (1,), 0),
+    _storage("ConvTranspose", (1,), 1, _attribute("group", 1, 1)),
+    _storage("ConvTranspose", (1,), 0),
+    _storage("MatMul", (1,), -1),
+    _storage("Gemm", (1,), 0, _attribute("transB", 0, 1)),
+    _storage("Gemm", (1,), 1, _attribute("transB", 0, 0)),
+    _storage("Gather", (0,), 0, _attribute("axis", 0, 0), _rank(0, 2)),
+    *(_storage(op_type, (1, 2), 1) for op_type in ("LSTM", "GRU", "RNN")),
 )
 
 _FLOAT_ONLY = "onnxruntime has no integer kernel for it: a quantizer around it only adds work"

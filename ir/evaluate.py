@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
+    import onnx_ir
     from numpy.typing import NDArray
 
     from octavo.ir.calibration import Batches, Feed
@@ -36,5 +37,5 @@ class CostModel(Protocol):
     def seconds(self, model: Model, node_name: str, method: Method) -> float | None:
         """Seconds of a node under a method, `None` where nothing is known."""
 
-    def boundary_seconds(self, model: Model, value_name: str) -> float:
+    def boundary_seconds(self, model: Model, value: onnx_ir.Value) -> float:
         """Seconds to move a value between float and integer compute (one Q or DQ)."""

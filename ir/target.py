@@ -29,8 +29,9 @@ class KernelRow:
     """One row: `op_type` compiled by `method` runs as one of `kernels`.
 
     - `operands`: indices of the inputs that carry activations (quantized by `static`);
-    - `weight`: index of the constant weight, `None` for operators without one;
-    - `weight_axis`: its output-channel axis, where per-axis parameters go;
+    - `operands` is empty for "all inputs" where `variadic` says so;
+    - `weights`: indices of the constant weights;
+    - `weight_axis`: their output-channel axis, where per-axis parameters go;
     - `bias`: index of the bias input, or `None`;
     - `output`: "quantized" if the kernel exists only with a quantizer on the output, "either"
       if the output may stay float, "float" if it must;
@@ -44,7 +45,8 @@ class KernelRow:
     method: Method
     kernels: tuple[str, ...]
     operands: tuple[int, ...] = (0,)
-    weight: int | None = None
+    variadic: bool = False
+    weights: tuple[int, ...] = ()
     weight_axis: int = 0
     bias: int | None = None
     output: OutputRule = "quantized"

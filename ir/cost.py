@@ -1,0 +1,107 @@
+"""What an option costs: an analytic estimate that says it is one, and measured seconds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from statistics import median
+from typing import TYPE_CHECKING, final
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+    from octavo.ir.facts import Latencies, Method
+    from octavo.ir.model import Model
+    from octavo.ir.target import Target
+
+_MACS_PER_SECOND = 40e9
+_BYTES_PER_SECOND = 8e9
+_CALL_SECONDS = 1e-6
+
+
+@final
+@dataclass(frozen=True)
+class AnalyticCost:
+    """Multiply-accumulates and bytes at nominal rates, times the target row's relative speed.
+
+    `dims` gives the size of symbolic dimensions; others count as 1.
+    """
+
+    target: Target
+    dims: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def source(self) -> str:
+        return "analytic"
+
+    def seconds(self, model: Model, node_name: str, method: Method) -> float | None:
+        node = model.graph.node(node_name)
+        if method in ("float", "storage"):
+            return self._float_seconds(node)
+        row = self.target.support(node, method).row
+        return None if row is None else self._float_seconds(node) * row.speed
+
+    def boundary_seconds(self, model: Model, value: onnx_ir.Value) -> float:
+        return _CALL_SECONDS + 4 * self.elements(value) / _BYTES_PER_SECOND
+
+    def elements(self, value: onnx_ir.Value) -> int:
+        """Elements of a value with symbolic dimensions resolved."""
+        if value.shape is None:
+            return 1
+        sizes = (d if isinstance(d, int) else self.dims.get(str(d.value), 1) for d in value.shape)
+        return math.prod(sizes)
+
+    def macs(self, node: onnx_ir.Node) -> int:
+        """Multiply-accumulates of a linear node, 0 for every other operator."""
+        values = node.inputs
+        if node.op_type not in ("Conv", "ConvTranspose", "MatMul", "Gemm") or values[1] is None:
+            return 0
+        shape = values[1].shape
+        if shape is None or not all(isinstance(d, int) for d in shape):
+            return self.elements(node.outputs[0])
+        if node.op_type == "Conv":
+            return self.elements(node.outputs[0]) * math.prod(map(int, shape[1:]))
+        if node.op_type == "ConvTranspose" and values[0] is not None:
+            return self.elements(values[0]) * math.prod(map(int, shape[1:]))
+        transposed = node.op_type == "Gemm" and node.attributes.get_int("transB", 0)
+        return self.elements(node.outputs[0]) * int(shape[-1] if transposed else shape[-2])
+
+    def _float_seconds(self, node: onnx_ir.Node) -> float:
+        values = [v for v in (*node.inputs, *node.outputs) if v is not None]
+        moved = sum(4 * self.elements(v) for v in values if not v.is_initializer())
+        return _CALL_SECONDS + self.macs(node) / _MACS_PER_SECOND + moved / _BYTES_PER_SECOND
+
+
+@final
+@dataclass(frozen=True)
+class MeasuredCost:
+    """Seconds from a latency table; what it does not hold is scaled from the analytic estimate."""
+
+    latencies: Latencies
+    analytic: AnalyticCost
+
+    @property
+    def source(self) -> str:
+        return f"measured on {self.latencies.environment}"
+
+    def seconds(self, model: Model, node_name: str, method: Method) -> float | None:
+        measured = self.latencies.by_node.get(node_name, {})
+        known = measured.get("float" if method == "storage" else method)
+        if known is not None:
+            return known
+        estimate = self.analytic.seconds(model, node_name, method)
+        return None if estimate is None else estimate * self._calibration(model)
+
+    def boundary_seconds(self, model: Model, value: onnx_ir.Value) -> float:
+        rates = self.latencies
+        per_byte = (rates.quantize_seconds_per_byte + rates.dequantize_seconds_per_byte) / 2
+        return _CALL_SECONDS + 4 * self.analytic.elements(value) * per_byte
+
+    def _calibration(self, model: Model) -> float:
+        ratios = [
+            seconds["float"] / estimate
+            for name, seconds in self.latencies.by_node.items()
+            if "float" in seconds and (estimate := self.analytic.seconds(model, name, "float"))
+        ]
+        return median(ratios) if ratios else 1.0
