@@ -179,8 +179,8 @@ _DYNAMIC = (
     ),
     KernelRow(
         "LSTM", "dynamic", (f"{MICROSOFT}::DynamicQuantizeLSTM",), weights=(1, 2), weight_axis=1,
-        output="float", conditions=(_float_constant(1), _float_constant(2), _PLAIN_LSTM), speed=0.45,
-        note="its error is measured before it is chosen",
+        output="float", conditions=(_float_constant(1), _float_constant(2), _PLAIN_LSTM),
+        speed=0.45, note="its error is measured before it is chosen",
     ),
 )  # fmt: skip
 

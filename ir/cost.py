@@ -35,14 +35,13 @@ class AnalyticCost:
     def source(self) -> str:
         return "analytic"
 
-    def seconds(self, model: Model, node_name: str, method: Method) -> float | None:
-        node = model.graph.node(node_name)
+    def seconds(self, node: onnx_ir.Node, method: Method) -> float | None:
         if method in ("float", "storage"):
             return self._float_seconds(node)
         row = self.target.support(node, method).row
         return None if row is None else self._float_seconds(node) * row.speed
 
-    def boundary_seconds(self, model: Model, value: onnx_ir.Value) -> float:
+    def boundary_seconds(self, value: onnx_ir.Value) -> float:
         return _CALL_SECONDS + 4 * self.elements(value) / _BYTES_PER_SECOND
 
     def elements(self, value: onnx_ir.Value) -> int:
@@ -76,32 +75,36 @@ class AnalyticCost:
 @final
 @dataclass(frozen=True)
 class MeasuredCost:
-    """Seconds from a latency table; what it does not hold is scaled from the analytic estimate."""
+    """Seconds from a latency table; what it does not hold is the analytic estimate times `scale`."""
 
     latencies: Latencies
     analytic: AnalyticCost
+    scale: float
+
+    @staticmethod
+    def of(model: Model, latencies: Latencies, analytic: AnalyticCost) -> MeasuredCost:
+        """A cost model whose estimates are scaled to the median measured node."""
+        ratios = [
+            measured["float"] / estimate
+            for node in model.graph
+            if "float" in (measured := latencies.by_node.get(node.name or "", {}))
+            and (estimate := analytic.seconds(node, "float"))
+        ]
+        return MeasuredCost(latencies, analytic, median(ratios) if ratios else 1.0)
 
     @property
     def source(self) -> str:
         return f"measured on {self.latencies.environment}"
 
-    def seconds(self, model: Model, node_name: str, method: Method) -> float | None:
-        measured = self.latencies.by_node.get(node_name, {})
+    def seconds(self, node: onnx_ir.Node, method: Method) -> float | None:
+        measured = self.latencies.by_node.get(node.name or "", {})
         known = measured.get("float" if method == "storage" else method)
         if known is not None:
             return known
-        estimate = self.analytic.seconds(model, node_name, method)
-        return None if estimate is None else estimate * self._calibration(model)
+        estimate = self.analytic.seconds(node, method)
+        return None if estimate is None else estimate * self.scale
 
-    def boundary_seconds(self, model: Model, value: onnx_ir.Value) -> float:
+    def boundary_seconds(self, value: onnx_ir.Value) -> float:
         rates = self.latencies
         per_byte = (rates.quantize_seconds_per_byte + rates.dequantize_seconds_per_byte) / 2
         return _CALL_SECONDS + 4 * self.analytic.elements(value) * per_byte
-
-    def _calibration(self, model: Model) -> float:
-        ratios = [
-            seconds["float"] / estimate
-            for name, seconds in self.latencies.by_node.items()
-            if "float" in seconds and (estimate := self.analytic.seconds(model, name, "float"))
-        ]
-        return median(ratios) if ratios else 1.0

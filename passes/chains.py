@@ -1,0 +1,112 @@
+"""Chains: a node with what its integer kernel absorbs (a constant bias Add, then Relu or Clip)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+    from octavo.ir.model import Model
+    from octavo.ir.target import KernelRow, Target
+
+
+@final
+@dataclass(frozen=True)
+class Chain:
+    """The unit of a static decision; `members` are in order, head first.
+
+    `operands` are the values its kernel reads as activations, constants included.
+    `nonnegative` and `clip_high` describe the absorbed activation.
+    """
+
+    head: onnx_ir.Node
+    row: KernelRow
+    members: tuple[onnx_ir.Node, ...]
+    operands: tuple[onnx_ir.Value, ...]
+    nonnegative: bool = False
+    clip_high: float | None = None
+
+    @property
+    def output(self) -> onnx_ir.Value:
+        return self.members[-1].outputs[0]
+
+    @property
+    def outputs(self) -> tuple[onnx_ir.Value, ...]:
+        """All values the chain hands on; only data movement (Split) has more than one."""
+        return (self.output,) if len(self.members) > 1 else tuple(self.head.outputs)
+
+
+def find_chains(model: Model, target: Target) -> Mapping[str, Chain]:
+    """Chains by the name of their head, for every top-level node with a static kernel."""
+    chains: dict[str, Chain] = {}
+    absorbed: set[str] = set()
+    for node in model.graph:
+        name = node.name or ""
+        row = target.support(node, "static").row
+        if row is None or name in absorbed:
+            continue
+        chain = _chain(node, row, target)
+        absorbed.update(member.name or "" for member in chain.members[1:])
+        chains[name] = chain
+    return {name: chain for name, chain in chains.items() if name not in absorbed}
+
+
+def bias_add(node: onnx_ir.Node) -> onnx_ir.Node | None:
+    """The Add of a constant vector that alone reads a MatMul's output."""
+    reader = _only_reader(node.outputs[0])
+    if reader is None or node.op_type != "MatMul" or reader.op_type != "Add" or reader.domain:
+        return None
+    other = next((v for v in reader.inputs if v is not node.outputs[0]), None)
+    if other is None or other.const_value is None:
+        return None
+    sizes = [d for d in other.const_value.shape if d != 1]
+    columns = node.inputs[1].shape[-1] if node.inputs[1] and node.inputs[1].shape else None
+    vector = sizes == [columns] and other.const_value.shape[-1] == columns
+    return reader if vector else None
+
+
+def _chain(head: onnx_ir.Node, row: KernelRow, target: Target) -> Chain:
+    members = [head]
+    if row.weights and (add := bias_add(head)) is not None:
+        members.append(add)
+    indices = range(len(head.inputs)) if row.variadic else row.operands
+    operands = tuple(v for k in indices if (v := head.inputs[k]) is not None)
+    if row.same_params:
+        return Chain(head, row, tuple(members), operands)
+    activation = _only_reader(members[-1].outputs[0])
+    bounds = _saturation(activation, target)
+    if activation is None or bounds is None:
+        return Chain(head, row, tuple(members), operands)
+    return Chain(head, row, (*members, activation), operands, True, bounds)
+
+
+def _only_reader(value: onnx_ir.Value) -> onnx_ir.Node | None:
+    uses = value.uses()
+    if len(uses) != 1 or value.is_graph_output():
+        return None
+    reader = uses[0].node
+    return reader if reader.graph is value.producer().graph else None  # type: ignore[union-attr]
+
+
+def _saturation(node: onnx_ir.Node | None, target: Target) -> float | None:
+    """The upper bound of an activation a quantizer can express, infinity for Relu."""
+    if node is None or node.domain or node.op_type not in target.fused_activations:
+        return None
+    if node.op_type == "Relu":
+        return float("inf")
+    low, high = (_scalar(node, k) for k in (1, 2))
+    return high if low == 0.0 and high is not None else None
+
+
+def _scalar(node: onnx_ir.Node, index: int) -> float | None:
+    value = node.inputs[index] if index < len(node.inputs) else None
+    if value is None:
+        return float("inf") if index == 2 else None
+    if value.const_value is None or value.const_value.size != 1:
+        return None
+    return float(np.asarray(value.const_value.numpy()).reshape(()))

@@ -1,0 +1,192 @@
+"""Choose for every node the fastest option the target runs, by measured or estimated seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+from octavo.ir.facts import FLOAT, Choice, Fact, Option, Plan, Ranges
+from octavo.ir.quant import PerAxis, PerBlock, PerTensor, QuantSpec
+from octavo.passes.base import Pass, Statistic
+from octavo.passes.chains import find_chains
+from octavo.passes.partition import Edge, Item, integer_side
+from octavo.passes.patterns import select
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+    from octavo.ir.facts import Method
+    from octavo.ir.model import Model
+    from octavo.ir.target import KernelRow
+    from octavo.passes.base import PassContext
+    from octavo.passes.chains import Chain
+
+_RECURRENT = ("LSTM", "GRU", "RNN")
+
+
+@final
+@dataclass(frozen=True)
+class ChooseKernels(Pass):
+    """Decide per node between static and dynamic integer kernels, low-bit storage and float.
+
+    **What it does.** Splits the graph into an integer and a float part so that the sum of node
+    seconds and of quantizations at the border is least (a minimum cut), then gives every float
+    node the best of dynamic quantization, storage and plain float.
+    **Why.** A quantizer around a node whose integer kernel is slow or missing costs time; only
+    the whole path tells whether an integer kernel pays.
+    **When it does not apply.** No calibrated range (no data): no static option. No row in the
+    target's table, a pattern in `keep_float`, or too few weights to shrink: float, with the reason.
+    **Cost and accuracy.** Changes nothing by itself; the plan is exact for the costs it is given.
+    """
+
+    name = "choose-kernels"
+    produces = (Plan,)
+    preserves = (Fact,)
+
+    static: bool = True
+    dynamic: bool = True
+    storage: bool = True
+    weight_only: bool = False
+    recurrent: bool = False
+    block_size: int = 32
+    keep_float: tuple[str, ...] = ()
+
+    def statistics(self, model: Model, ctx: PassContext) -> tuple[Statistic, ...]:
+        """Ranges of every value a static kernel of the target could read or write."""
+        if not self.static:
+            return ()
+        chains = find_chains(model, ctx.target)
+        values = (v for c in chains.values() for v in (*c.operands, *c.outputs))
+        wanted = dict.fromkeys(v.name or "" for v in values if v.const_value is None)
+        return tuple(Statistic("range", name) for name in wanted)
+
+    def run(self, model: Model, ctx: PassContext) -> Model:
+        kept = select(model, self.keep_float)
+        chains = self._candidates(model, ctx, kept)
+        integer = integer_side(*_problem(model, chains, self, ctx))
+        absorbed = {m.name: c for n, c in chains.items() if n in integer for m in c.members[1:]}
+        choices: dict[str, Choice] = {}
+        for node in model.graph:
+            name = node.name or ""
+            if node.name in absorbed:
+                continue
+            if name in integer:
+                choices[name] = _static_choice(chains[name], node, ctx)
+            elif name in kept:
+                choices[name] = Choice(FLOAT, f"kept float by '{kept[name]}'")
+            elif (choice := self._otherwise(node, name in chains, ctx)) is not None:
+                choices[name] = choice
+            if name in choices:
+                ctx.count(choices[name].option.method)
+        return model.with_fact(Plan(choices, ctx.cost.source))
+
+    def _candidates(
+        self, model: Model, ctx: PassContext, kept: Mapping[str, str]
+    ) -> dict[str, Chain]:
+        ranges = model.find(Ranges)
+        if not self.static or ranges is None:
+            if self.static:
+                ctx.remark("note", "", "no calibrated ranges: no static integer kernels")
+            return {}
+        chains = find_chains(model, ctx.target)
+        return {
+            name: chain
+            for name, chain in chains.items()
+            if not any(m.name in kept for m in chain.members) and _calibrated(chain, ranges)
+        }
+
+    def _otherwise(self, node: onnx_ir.Node, candidate: bool, ctx: PassContext) -> Choice | None:
+        """The best option of a node that is not static, `None` for nodes without a weight."""
+        reason = "slower as an integer kernel here" if candidate else ""
+        support = ctx.target.support(node, "static")
+        reason = reason or (support.reason if support.row is None else "no calibrated range")
+        seconds = self._seconds(node, ctx)
+        method = min(seconds, key=lambda m: seconds[m])
+        if method in ("dynamic", "weight-only"):
+            row = ctx.target.support(node, method).row
+            if row is not None:
+                return Choice(self._option(row, node, method), reason, seconds)
+        row = ctx.target.support(node, "storage").row
+        if row is None:
+            return Choice(FLOAT, reason, seconds) if support.row or candidate else None
+        if not self.storage or not _worth_storing(node, row):
+            return Choice(FLOAT, f"{reason}; too few weights to shrink", seconds)
+        return Choice(self._option(row, node, "storage"), reason, seconds)
+
+    def _seconds(self, node: onnx_ir.Node, ctx: PassContext) -> dict[Method, float]:
+        allowed: list[Method] = ["float"]
+        if self.dynamic and (self.recurrent or node.op_type not in _RECURRENT):
+            allowed.append("dynamic")
+        if self.weight_only:
+            allowed = [m for m in allowed if m != "dynamic"] + ["weight-only"]
+        seconds = {m: ctx.cost.seconds(node, m) for m in allowed}
+        supported = {m: ctx.target.support(node, m).row is not None for m in allowed}
+        return {
+            m: s for m, s in seconds.items() if s is not None and (m == "float" or supported[m])
+        }
+
+    def _option(self, row: KernelRow, node: onnx_ir.Node, method: Method) -> Option:
+        if method == "weight-only":
+            return Option(method, QuantSpec("s8", PerBlock(0, self.block_size), symmetric=True))
+        return Option(method, _weight_spec(row, node))
+
+
+def _problem(
+    model: Model, chains: Mapping[str, Chain], options: ChooseKernels, ctx: PassContext
+) -> tuple[list[Item], list[Edge]]:
+    """The cut problem: one item per candidate chain, one edge per value they touch."""
+    items = []
+    for name, chain in chains.items():
+        integer = ctx.cost.seconds(chain.head, "static")
+        members = (ctx.cost.seconds(m, "float") or 0.0 for m in chain.members[1:])
+        other = min(options._seconds(chain.head, ctx).values()) + sum(members)
+        items.append(Item(name, integer, other))
+    owner = {m.name: name for name, chain in chains.items() for m in chain.members}
+    edges = []
+    values = dict.fromkeys(v for c in chains.values() for v in (*c.operands, *c.outputs))
+    for value in values:
+        if value.const_value is not None:
+            continue
+        producer = value.producer()
+        made_by = owner.get(producer.name) if producer is not None else None
+        free = made_by is not None and chains[made_by].row.output == "either"
+        readers: list[str | None] = [owner.get(use.node.name) for use in value.uses()]
+        if value.is_graph_output():
+            readers.append(None)
+        seconds = ctx.cost.boundary_seconds(value)
+        edges.append(
+            Edge(value.name or "", made_by, tuple(readers), seconds, 0.0 if free else seconds)
+        )
+    return items, edges
+
+
+def _static_choice(chain: Chain, node: onnx_ir.Node, ctx: PassContext) -> Choice:
+    weight = _weight_spec(chain.row, node) if chain.row.weights else None
+    seconds = {
+        str(m): s for m in ("float", "static") if (s := ctx.cost.seconds(node, m)) is not None
+    }
+    return Choice(Option("static", weight), chain.row.note or "integer kernel", seconds)
+
+
+def _weight_spec(row: KernelRow, node: onnx_ir.Node) -> QuantSpec:
+    """int8, one scale per output channel; recurrent weights one per row of every direction."""
+    weight = node.inputs[row.weights[0]]
+    rank = weight.shape.rank() if weight is not None and weight.shape is not None else 0
+    if node.op_type in _RECURRENT:
+        return QuantSpec("s8", PerBlock(2, 0), symmetric=True)
+    if rank < 2:
+        return QuantSpec("s8", PerTensor(), symmetric=True)
+    return QuantSpec("s8", PerAxis(row.weight_axis % rank), symmetric=True)
+
+
+def _calibrated(chain: Chain, ranges: Ranges) -> bool:
+    values = (*chain.operands, *chain.outputs)
+    return all(v.const_value is not None or v.name in ranges.by_value for v in values)
+
+
+def _worth_storing(node: onnx_ir.Node, row: KernelRow) -> bool:
+    """Whether 3 of 4 bytes saved outweigh scales, node and names."""
+    weights = [node.inputs[k] for k in row.weights]
+    elements = sum(v.const_value.size for v in weights if v is not None and v.const_value)
+    return 3 * elements > 4 * elements / 16 + 400

@@ -1,0 +1,185 @@
+"""Insert FakeQuant nodes for the plan: on activations where placed, on every planned weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, final
+
+import numpy as np
+
+from octavo.ir.facts import Fact, Placement, Plan, Range, Ranges
+from octavo.ir.fake_quant import DOMAIN, OPTION, declare_functions, fake_quant_node
+from octavo.ir.quant import PerBlock, QuantParams, params_for_range, params_for_weight
+from octavo.passes.base import Pass, Statistic
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+    from octavo.ir.facts import Option, Site
+    from octavo.ir.model import Model
+    from octavo.ir.quant import QuantSpec
+    from octavo.passes.base import PassContext
+
+
+@final
+@dataclass(frozen=True)
+class InsertFakeQuant(Pass):
+    """Make the plan part of the graph, as nodes that stock runtimes execute.
+
+    **What it does.** Adds a FakeQuant after every placed value, with parameters from its group's
+    calibrated range, and one between every planned weight and its reader; activations of dynamic
+    nodes get a FakeQuantDynamic. The reader carries its option as `octavo.option`.
+    **Why.** The graph now computes what the integer kernels will, so it can be run, compared and
+    lowered to any target.
+    **When it does not apply.** Values without a site and nodes the plan leaves float.
+    **Cost and accuracy.** Rounds every weight to its grid: at most half a scale per element.
+    """
+
+    name = "insert-fake-quant"
+    requires = (Plan,)
+    produces = ()
+    preserves = (Fact,)
+
+    def run(self, model: Model, ctx: PassContext) -> Model:
+        placement = model.find(Placement) or Placement({}, {}, {})
+        values = _values(model)
+        params = _site_params(placement, values, model.find(Ranges))
+        for name, site in placement.sites.items():
+            value = values[name]
+            _insert_site(model, value, params[site.group], placement.consumers[name])
+            ctx.count("activation quantizers")
+        self._insert_weights(model, ctx)
+        declare_functions(model.ir)
+        model.graph.sort()
+        return model
+
+    def _insert_weights(self, model: Model, ctx: PassContext) -> None:
+        plan = model.fact(Plan)
+        done: dict[tuple[str, QuantSpec], onnx_ir.Value] = {}
+        for node in list(model.graph):
+            choice = plan.by_node.get(node.name or "")
+            if choice is None or choice.option.method == "float":
+                continue
+            node.metadata_props[OPTION] = str(choice.option)
+            row = ctx.target.support(node, choice.option.method).row
+            if choice.option.weight is None or row is None:
+                continue
+            for index in row.weights:
+                _insert_weight(model, node, index, choice.option, done)
+                ctx.count("weights")
+            if choice.option.method == "dynamic":
+                _insert_dynamic(model, node, row.operands[0])
+
+
+def _values(model: Model) -> dict[str, onnx_ir.Value]:
+    graph = model.graph
+    made = (value for node in graph for value in node.outputs)
+    return {v.name or "": v for v in (*graph.inputs, *graph.initializers.values(), *made)}
+
+
+def _site_params(
+    placement: Placement, values: Mapping[str, onnx_ir.Value], ranges: Ranges | None
+) -> dict[str, QuantParams]:
+    """One set of parameters per group: the union of its members' ranges, within its bounds."""
+    groups: dict[str, list[Site]] = {}
+    for site in placement.sites.values():
+        groups.setdefault(site.group, []).append(site)
+    return {name: _group_params(sites, values, ranges) for name, sites in groups.items()}
+
+
+def _group_params(
+    sites: Iterable[Site], values: Mapping[str, onnx_ir.Value], ranges: Ranges | None
+) -> QuantParams:
+    members = list(sites)
+    fixed = next((s.fixed for s in members if s.fixed is not None), None)
+    if fixed is not None:
+        return params_for_range(members[0].spec, *fixed)
+    found = [_range(values[s.value], ranges) for s in members]
+    low, high = min(r.low for r in found), max(r.high for r in found)
+    if any(s.nonnegative for s in members):
+        low = 0.0
+    high = min([high, *(s.clip_high for s in members if s.clip_high is not None)])
+    return params_for_range(members[0].spec, low, high)
+
+
+def _range(value: onnx_ir.Value, ranges: Ranges | None) -> Range:
+    if value.const_value is not None:
+        array = value.const_value.numpy()
+        low, high = float(np.min(array)), float(np.max(array))
+        return Range(low, high, low, high)
+    assert ranges is not None
+    return ranges.by_value[value.name or ""]
+
+
+def _insert_site(
+    model: Model, value: onnx_ir.Value, params: QuantParams, readers: tuple[str, ...]
+) -> None:
+    producer = value.producer()
+    output = value.is_graph_output() and producer is not None and bool(readers or value.uses())
+    uses = [use for use in value.uses() if use.node.name in set(readers)]
+    node = fake_quant_node(value, params, f"{value.name}_quant", model.graph)
+    if producer is not None:
+        model.graph.insert_after(producer, node)
+    else:
+        model.graph.insert_before(model.graph[0], node)
+    quantized = node.outputs[0]
+    quantized.name = f"{value.name}_fq"
+    for use in uses:
+        use.node.replace_input_with(use.idx, quantized)
+    if output or (value.is_graph_output() and producer is not None):
+        _hand_over_output(model, value, quantized)
+
+
+def _hand_over_output(model: Model, value: onnx_ir.Value, quantized: onnx_ir.Value) -> None:
+    """The quantized value becomes the graph output and takes its name."""
+    name = value.name
+    value.name = f"{name}_float"
+    quantized.name = name
+    quantized.shape, quantized.type = value.shape, value.type
+    outputs = model.graph.outputs
+    for index, output in enumerate(outputs):
+        if output is value:
+            outputs[index] = quantized
+
+
+def _insert_weight(
+    model: Model,
+    node: onnx_ir.Node,
+    index: int,
+    option: Option,
+    done: dict[tuple[str, QuantSpec], onnx_ir.Value],
+) -> None:
+    weight = node.inputs[index]
+    assert weight is not None
+    assert weight.const_value is not None
+    assert option.weight is not None
+    spec = option.weight
+    if isinstance(spec.granularity, PerBlock) and spec.granularity.size == 0:
+        axis = spec.granularity.axis
+        spec = replace(spec, granularity=PerBlock(axis, int(weight.const_value.shape[axis])))
+    key = (f"{weight.name} {option.method}", spec)
+    if key not in done:
+        params = params_for_weight(weight.const_value.numpy(), spec)
+        name = f"{weight.name}_{option.method}"
+        quantizer = fake_quant_node(weight, params, name, model.graph)
+        quantizer.outputs[0].name = f"{name}_fq"
+        model.graph.insert_before(node, quantizer)
+        done[key] = quantizer.outputs[0]
+    node.replace_input_with(index, done[key])
+
+
+def _insert_dynamic(model: Model, node: onnx_ir.Node, index: int) -> None:
+    import onnx_ir
+
+    value = node.inputs[index]
+    assert value is not None
+    readers = (u.node for u in value.uses())
+    made = next((n for n in readers if n.op_type == "FakeQuantDynamic"), None)
+    if made is None:
+        name = f"{value.name}_dynamic"
+        made = onnx_ir.node("FakeQuantDynamic", [value], domain=DOMAIN, name=name)
+        made.outputs[0].name = f"{name}_fq"
+        made.outputs[0].shape, made.outputs[0].type = value.shape, value.type
+        model.graph.insert_before(node, made)
+    node.replace_input_with(index, made.outputs[0])

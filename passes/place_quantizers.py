@@ -1,0 +1,124 @@
+"""Place activation quantizers where the planned integer kernels need them, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, final
+
+import networkx as nx
+
+from octavo.ir.facts import Fact, Placement, Plan, Site
+from octavo.ir.quant import QuantSpec
+from octavo.passes.base import Pass
+from octavo.passes.chains import find_chains
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+    from octavo.ir.model import Model
+    from octavo.passes.base import PassContext
+    from octavo.passes.chains import Chain
+
+
+@final
+@dataclass(frozen=True)
+class PlaceQuantizers(Pass):
+    """Decide at which values the integer kernels of the plan quantize, and who shares scales.
+
+    **What it does.** Marks the operands of every static kernel, and its output where the kernel
+    exists only with one or another static kernel reads it. An absorbed Relu or Clip moves the
+    quantizer behind it and pins zero to the lowest code; data movement shares its input's scale.
+    **Why.** A missing output quantizer, a quantizer between Conv and Relu, or two scales around a
+    Reshape each turn an integer kernel into a float one with run-time dequantization.
+    **When it does not apply.** Nodes that the plan does not make static.
+    **Cost and accuracy.** Changes nothing by itself.
+    """
+
+    name = "place-quantizers"
+    requires = (Plan,)
+    produces = (Placement,)
+    preserves = (Fact,)
+
+    def run(self, model: Model, ctx: PassContext) -> Model:
+        plan = model.fact(Plan)
+        chains = find_chains(model, ctx.target)
+        static = {n: c for n, c in chains.items() if plan.method(n) == "static"}
+        draft = _Draft(ctx.target.activation_dtype)
+        for chain in static.values():
+            draft.place(chain)
+        for chain in static.values():
+            draft.constrain(chain)
+        draft.share(static.values())
+        consumers = _consumers(model, draft.sites, static)
+        fused = {m.name or "": c.head.name or "" for c in static.values() for m in c.members[1:]}
+        ctx.count("quantizers", len(draft.sites))
+        ctx.count("absorbed activations and biases", len(fused))
+        return model.with_fact(Placement(draft.sites, consumers, fused))
+
+
+@dataclass
+class _Draft:
+    dtype: str
+    sites: dict[str, Site] = field(default_factory=dict)
+
+    def place(self, chain: Chain) -> None:
+        """Quantizers a chain cannot do without."""
+        for value in chain.operands:
+            self._add(value)
+        if chain.row.output == "quantized":
+            for value in chain.outputs:
+                self._add(value)
+
+    def constrain(self, chain: Chain) -> None:
+        """What the chain's absorbed activation or operator says about its output's range."""
+        name = chain.output.name or ""
+        site = self.sites.get(name)
+        if site is None:
+            return
+        if chain.nonnegative:
+            site = replace(site, nonnegative=True, clip_high=chain.clip_high)
+        if chain.row.fixed_range is not None:
+            site = replace(site, fixed=chain.row.fixed_range)
+        self.sites[name] = site
+
+    def share(self, chains: Iterable[Chain]) -> None:
+        """Give every value that data movement connects the parameters of one group."""
+        graph = nx.Graph()
+        for chain in chains:
+            if chain.row.same_params:
+                names = [v.name for v in (*chain.operands, *chain.outputs)]
+                nx.add_path(graph, [n for n in names if n in self.sites])
+        for group in nx.connected_components(graph):
+            root = min(group, key=list(self.sites).index)
+            sites = [self.sites[name] for name in group]
+            highs = [s.clip_high for s in sites if s.clip_high is not None]
+            for site in sites:
+                self.sites[site.value] = replace(
+                    site,
+                    group=root,
+                    nonnegative=any(s.nonnegative for s in sites),
+                    clip_high=min(highs, default=None),
+                    fixed=next((s.fixed for s in sites if s.fixed), None),
+                )
+
+    def _add(self, value: onnx_ir.Value) -> None:
+        name = value.name or ""
+        if name not in self.sites:
+            spec = QuantSpec("s8" if self.dtype == "s8" else "u8", symmetric=self.dtype == "s8")
+            self.sites[name] = Site(name, spec, name)
+
+
+def _consumers(
+    model: Model, sites: Mapping[str, Site], static: Mapping[str, Chain]
+) -> dict[str, tuple[str, ...]]:
+    """Static readers read the quantized value; all readers do where only codes are computed."""
+    made_static = {v.name for chain in static.values() for v in chain.outputs}
+    consumers: dict[str, list[str]] = {name: [] for name in sites}
+    for node in model.graph:
+        name = node.name or ""
+        operands = {v.name for v in static[name].operands} if name in static else set()
+        for value in dict.fromkeys(v for v in node.inputs if v is not None):
+            if value.name in sites and (value.name in made_static or value.name in operands):
+                consumers[value.name or ""].append(name)
+    return {name: tuple(readers) for name, readers in consumers.items()}
