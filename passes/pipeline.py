@@ -6,10 +6,11 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, final
 
-from octavo.ir.errors import OctavoError, PassFailed, UsageError
+from octavo.ir.errors import OctavoError, PassFailed, UsageError, VerificationFailed
 from octavo.ir.verify import verify
 from octavo.passes.base import Recorder, Statistic
 from octavo.passes.calibrate import Calibrate
+from octavo.passes.instruments import Step
 from octavo.passes.record import GraphDiff, PassRecord, structural_diff, summarise
 from octavo.passes.registry import PASSES
 from octavo.passes.spec import format_pass, parse_passes
@@ -35,9 +36,13 @@ class Compilation:
 @final
 @dataclass(frozen=True)
 class Pipeline:
-    """A sequence of passes; `str(Pipeline.parse(text))` parses back to an equal pipeline."""
+    """A sequence of passes; `str(Pipeline.parse(text))` parses back to an equal pipeline.
+
+    `first` is the number of passes that ran before: records of a split pipeline count on.
+    """
 
     passes: tuple[Pass, ...]
+    first: int = 0
 
     @staticmethod
     def parse(text: str) -> Pipeline:
@@ -50,7 +55,11 @@ class Pipeline:
         """The passes before the first one called `name`, and the rest."""
         names = [p.name for p in self.passes]
         at = names.index(name) if name in names else len(names)
-        return Pipeline(self.passes[:at]), Pipeline(self.passes[at:])
+        return Pipeline(self.passes[:at], self.first), self.rest(at)
+
+    def rest(self, at: int) -> Pipeline:
+        """The pipeline from its pass number `at` on."""
+        return Pipeline(self.passes[at:], self.first + at)
 
     def check(self, available: Sequence[type[Fact]]) -> None:
         """Refuse a pipeline in which a pass misses a fact, naming the pass that produces it."""
@@ -67,38 +76,12 @@ class Pipeline:
         """Run every pass on a private clone, verify after each, and record what it did."""
         self.check(tuple(model.facts))
         records: list[PassRecord] = []
-        for index, pass_ in enumerate(self.passes):
-            model, record = self._step(index, pass_, model, ctx, instruments)
+        for at, pass_ in enumerate(self.passes):
+            own = replace(ctx, recorder=Recorder(), statistics=self._requests(at, model, ctx))
+            step = Step(self.first + at, pass_, self.rest(at), model, own)
+            model, record = _run_step(step, instruments)
             records.append(record)
         return Compilation(model, tuple(records))
-
-    def _step(
-        self,
-        index: int,
-        pass_: Pass,
-        before: Model,
-        ctx: PassContext,
-        instruments: Sequence[Instrument],
-    ) -> tuple[Model, PassRecord]:
-        own = replace(ctx, recorder=Recorder(), statistics=self._requests(index, before, ctx))
-        for instrument in instruments:
-            instrument.before_pass(index, pass_, before, self)
-        begin = time.perf_counter()
-        try:
-            returned = pass_.run(before.clone(), own)
-        except OctavoError:
-            raise
-        except Exception as error:
-            raise self._failed(index, pass_, before, error, instruments) from error
-        seconds = time.perf_counter() - begin
-        after = _settle(before, returned, pass_)
-        begin = time.perf_counter()
-        verify(after, after_pass=pass_.name)
-        verify_seconds = time.perf_counter() - begin
-        record = _record(index, pass_, before, after, own.recorder, seconds, verify_seconds)
-        for instrument in reversed(instruments):
-            record = instrument.after_pass(record, after)
-        return after, record
 
     def _requests(self, index: int, model: Model, ctx: PassContext) -> tuple[Statistic, ...]:
         if not isinstance(self.passes[index], Calibrate):
@@ -106,22 +89,45 @@ class Pipeline:
         later = (s for p in self.passes[index + 1 :] for s in p.statistics(model, ctx))
         return tuple(dict.fromkeys(later))
 
-    def _failed(
-        self,
-        index: int,
-        pass_: Pass,
-        before: Model,
-        error: Exception,
-        instruments: Sequence[Instrument],
-    ) -> OctavoError:
-        folders = [f for i in instruments if (f := i.failed(index, pass_, before, self, error))]
-        hint = f"octavo replay {folders[0]} runs it again" if folders else ""
-        return PassFailed(
-            f"{pass_.name}: {type(error).__name__}: {error}",
-            where=f"pass {index + 1} of {len(self.passes)}, {before.source.name}",
-            why="this is a defect of octavo, not of the model",
-            hint=hint,
-        )
+
+def _run_step(step: Step, instruments: Sequence[Instrument]) -> tuple[Model, PassRecord]:
+    for instrument in instruments:
+        instrument.before_pass(step)
+    try:
+        begin = time.perf_counter()
+        returned = step.pass_.run(step.before.clone(), step.ctx)
+        seconds = time.perf_counter() - begin
+        after = _settle(step.before, returned, step.pass_)
+        begin = time.perf_counter()
+        verify(after, after_pass=step.pass_.name)
+        verify_seconds = time.perf_counter() - begin
+    except VerificationFailed as error:
+        again = _reproduce(step, error, instruments)
+        error.hint = "; ".join(text for text in (error.hint, again) if text)
+        raise
+    except OctavoError:
+        raise
+    except Exception as error:
+        raise _failed(step, error, instruments) from error
+    record = _record(step, after, seconds, verify_seconds)
+    for instrument in reversed(instruments):
+        record = instrument.after_pass(step, record, after)
+    return after, record
+
+
+def _reproduce(step: Step, error: Exception, instruments: Sequence[Instrument]) -> str:
+    """Let every instrument see the failure; the command that runs the pass again, if any."""
+    folders = [folder for i in instruments if (folder := i.failed(step, error))]
+    return f"octavo replay {folders[0]} runs it again" if folders else ""
+
+
+def _failed(step: Step, error: Exception, instruments: Sequence[Instrument]) -> PassFailed:
+    return PassFailed(
+        f"{step.pass_.name}: {type(error).__name__}: {error}",
+        where=f"pass {step.index + 1}, {step.before.source.name}",
+        why="this is a defect of octavo, not of the model",
+        hint=_reproduce(step, error, instruments),
+    )
 
 
 def _settle(before: Model, after: Model, pass_: Pass) -> Model:
@@ -131,21 +137,14 @@ def _settle(before: Model, after: Model, pass_: Pass) -> Model:
     return after.keeping((*pass_.preserves, *pass_.produces))
 
 
-def _record(
-    index: int,
-    pass_: Pass,
-    before: Model,
-    after: Model,
-    recorder: Recorder,
-    seconds: float,
-    verify_seconds: float,
-) -> PassRecord:
+def _record(step: Step, after: Model, seconds: float, verify_seconds: float) -> PassRecord:
+    before, recorder = step.before, step.ctx.recorder
     changed = after.fingerprint != before.fingerprint
     added = {k.__name__ for k, v in after.facts.items() if before.facts.get(k) is not v}
     dropped = {k.__name__ for k in before.facts.keys() - after.facts.keys()}
     return PassRecord(
-        index=index,
-        spec=format_pass(pass_),
+        index=step.index,
+        spec=format_pass(step.pass_),
         status="changed" if changed or added else "unchanged",
         seconds=seconds,
         verify_seconds=verify_seconds,

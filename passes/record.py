@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+import json
+import typing
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Literal, final
 
 import onnx_ir
 
-from octavo.ir.model import weight_bytes
+from octavo.ir.errors import UsageError
+from octavo.ir.model import Source, weight_bytes
+from octavo.ir.versions import versions
+from octavo.passes.base import Remark
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from octavo.ir.model import Model
-    from octavo.passes.base import Remark
 
 Json = dict[str, object]
+FORMAT = 1
+
+
+@final
+@dataclass(frozen=True)
+class Header:
+    """The first line of a log: what ran on what, with which versions and seed."""
+
+    pipeline: str
+    source: Source
+    target: str
+    seed: int
+    versions: dict[str, str] = field(default_factory=versions)
+    format: int = FORMAT
+
+    def to_json(self) -> Json:
+        return asdict(self)
 
 
 @final
@@ -60,6 +83,37 @@ class PassRecord:
 
     def to_json(self) -> Json:
         return asdict(self)
+
+    @staticmethod
+    def from_json(line: typing.Any) -> PassRecord:
+        """The record that `to_json` wrote; KeyError or TypeError where it did not."""
+        kept = {
+            "before": GraphSummary(**line["before"]),
+            "after": GraphSummary(**line["after"]),
+            "diff": GraphDiff(**{kind: tuple(names) for kind, names in line["diff"].items()}),
+            "facts_added": tuple(line["facts_added"]),
+            "facts_dropped": tuple(line["facts_dropped"]),
+            "remarks": tuple(Remark(**remark) for remark in line["remarks"]),
+        }
+        return PassRecord(**{**line, **kept})
+
+
+def read_records(path: Path) -> tuple[Header, tuple[PassRecord, ...]]:
+    """The header and the records of a log file.
+
+    Raises UsageError where the file is missing or is no log of this format.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            first, *lines = (json.loads(line) for line in file)
+        if first["format"] != FORMAT:
+            message = f"{path.name} has format {first['format']}, this octavo reads {FORMAT}"
+            raise UsageError(message, where=str(path))
+        header = Header(**{**first, "source": Source(**first["source"])})
+        return header, tuple(PassRecord.from_json(line) for line in lines)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        message = f"{path.name} is not a pass log"
+        raise UsageError(message, where=str(path), why=f"{type(error).__name__}: {error}") from None
 
 
 def summarise(model: Model) -> GraphSummary:
