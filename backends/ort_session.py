@@ -1,0 +1,236 @@
+"""ONNX Runtime sessions on the CPU: the one place that touches its untyped API."""
+
+from __future__ import annotations
+
+import platform
+import re
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, final
+
+import onnx_ir
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as runtime_state
+
+from octavo.ir.errors import ModelError, OctavoError, UnknownName, UsageError, VerificationFailed
+from octavo.ir.model import weight_bytes
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from octavo.ir.calibration import Batches, Feed
+    from octavo.ir.model import Model
+
+Optimization = Literal["all", "extended", "basic", "none"]
+
+_LEVELS = {
+    "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "none": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+}
+_PROVIDERS = ["CPUExecutionProvider"]
+_QUIET = 4
+# A serialized copy of more weights than this goes through a file, which the runtime maps.
+_IN_MEMORY_BYTES = 256 << 20
+_WRONG_FEED = (runtime_state.InvalidArgument, ValueError)
+_IN_KERNEL = "while running"
+_RUNTIME_ERRORS: tuple[type[Exception], ...] = (
+    *(c for c in vars(runtime_state).values() if isinstance(c, type) and issubclass(c, Exception)),
+    RuntimeError,
+    ValueError,
+)
+
+
+@final
+@dataclass(frozen=True)
+class Session:
+    """A loaded model; every error of the runtime leaves it as an `OctavoError`."""
+
+    name: str
+    handle: Any
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    def run(self, feed: Feed, outputs: Sequence[str] = ()) -> dict[str, NDArray[np.generic]]:
+        """The named outputs (none named: all) for one feed.
+
+        Raises UsageError when the feed does not fit the model, VerificationFailed when a kernel
+        fails.
+        """
+        names = tuple(outputs) or self.outputs
+        try:
+            arrays = self.handle.run(list(names), dict(feed))
+        except _RUNTIME_ERRORS as error:
+            raise _run_error(self.name, error) from error
+        return dict(zip(names, arrays, strict=True))
+
+    def bound(self, feed: Feed) -> Callable[[], None]:
+        """A call that runs one fixed feed without copying inputs, for timing."""
+        binding = self.handle.io_binding()
+        try:
+            for name, array in feed.items():
+                binding.bind_cpu_input(name, array)
+            for name in self.outputs:
+                binding.bind_output(name)
+        except _RUNTIME_ERRORS as error:
+            raise _run_error(self.name, error) from error
+
+        def call() -> None:
+            try:
+                self.handle.run_with_iobinding(binding)
+            except _RUNTIME_ERRORS as error:
+                raise _run_error(self.name, error) from error
+
+        return call
+
+    def end_profiling(self) -> Path:
+        """Stop profiling and return the file of events."""
+        return Path(self.handle.end_profiling())
+
+
+def make_session(
+    model: Path | bytes,
+    *,
+    threads: int,
+    optimization: Optimization = "all",
+    config: Mapping[str, str] | None = None,
+    profile_prefix: Path | None = None,
+    optimized_path: Path | None = None,
+    disabled_optimizers: Iterable[str] = (),
+) -> Session:
+    """Load a model on the CPU provider; external data is found only for a path.
+
+    `config` holds session configuration entries such as `session.disable_quant_qdq`;
+    `optimized_path` receives the graph after the runtime's own rewrites; `profile_prefix` turns
+    profiling on. Raises ModelError with the runtime's message when the model does not load.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _QUIET
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = _LEVELS[optimization]
+    # Idle worker threads of one session would otherwise steal time from the next one.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    for key, value in (config or {}).items():
+        options.add_session_config_entry(key, value)
+    if profile_prefix is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile_prefix)
+    if optimized_path is not None:
+        options.optimized_model_filepath = str(optimized_path)
+    return _load(model, options, set(disabled_optimizers))
+
+
+def _load(model: Path | bytes, options: Any, disabled_optimizers: set[str]) -> Session:
+    name = model.name if isinstance(model, Path) else "model in memory"
+    try:
+        handle = onnxruntime.InferenceSession(
+            str(model) if isinstance(model, Path) else model,
+            options,
+            providers=_PROVIDERS,
+            disabled_optimizers=disabled_optimizers,
+            enable_fallback=0,
+        )
+    except _RUNTIME_ERRORS as error:
+        message = "onnxruntime does not load the model"
+        raise ModelError(message, where=name, why=_reason(error)) from error
+    inputs = tuple(value.name for value in handle.get_inputs())
+    return Session(name, handle, inputs, tuple(value.name for value in handle.get_outputs()))
+
+
+def environment(threads: int) -> str:
+    """What a measurement rests on: runtime version, processor, threads."""
+    return f"onnxruntime {onnxruntime.__version__}, {_processor()}, {threads} thread(s)"
+
+
+@cache
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+@final
+@dataclass
+class OrtEvaluator:
+    """Runs models in memory; keeps the last `capacity` sessions, by fingerprint and outputs.
+
+    One feed is in memory at a time; the caller bounds its size by the size of a batch.
+    """
+
+    threads: int = 2
+    optimization: Optimization = "all"
+    capacity: int = 2
+    _sessions: OrderedDict[tuple[str, tuple[str, ...]], Session] = field(
+        default_factory=OrderedDict, repr=False
+    )
+
+    def stream(
+        self, model: Model, batches: Batches, values: Sequence[str]
+    ) -> Iterator[dict[str, NDArray[np.generic]]]:
+        """The named values (intermediate ones too) for every feed, one feed at a time."""
+        session = self._session(model, tuple(dict.fromkeys(values)))
+        for feed in batches:
+            yield session.run(feed, values)
+
+    def run(self, model: Model, feed: Feed) -> dict[str, NDArray[np.generic]]:
+        """The graph outputs of one feed, by output name."""
+        return self._session(model, ()).run(feed)
+
+    def _session(self, model: Model, values: tuple[str, ...]) -> Session:
+        key = (model.fingerprint, values)
+        if key not in self._sessions:
+            # The old session goes first, so that no more than `capacity` are ever alive.
+            while len(self._sessions) >= self.capacity:
+                self._sessions.popitem(last=False)
+            shown = _with_outputs(model, values) if values else model
+            self._sessions[key] = model_session(shown, self.threads, self.optimization)
+        self._sessions.move_to_end(key)
+        return self._sessions[key]
+
+
+def model_session(model: Model, threads: int, optimization: Optimization = "all") -> Session:
+    """A session of a model in memory, through a temporary file where the weights are large."""
+    if weight_bytes(model) <= _IN_MEMORY_BYTES:
+        data = onnx_ir.to_proto(model.ir).SerializeToString()
+        return make_session(data, threads=threads, optimization=optimization)
+    with tempfile.TemporaryDirectory(prefix="octavo-") as folder:
+        path = Path(folder) / "model.onnx"
+        onnx_ir.save(model.ir, path, external_data="model.onnx.data")
+        return make_session(path, threads=threads, optimization=optimization)
+
+
+def _with_outputs(model: Model, names: Sequence[str]) -> Model:
+    """A clone whose graph outputs are the named values."""
+    shown = model.clone()
+    graph = shown.graph
+    values = {v.name: v for v in (*graph.inputs, *graph.initializers.values())}
+    values |= {v.name: v for node in graph for v in node.outputs if v.name}
+    unknown = next((name for name in names if name not in values), None)
+    if unknown is not None:
+        raise UnknownName("value", unknown, (str(name) for name in values))
+    graph.outputs.clear()
+    graph.outputs.extend(values[name] for name in names)
+    return shown
+
+
+def _run_error(name: str, error: Exception) -> OctavoError:
+    # A kernel that refuses its inputs reports the same code as a wrong feed.
+    if isinstance(error, _WRONG_FEED) and _IN_KERNEL not in str(error):
+        return UsageError("the feed does not fit the model", where=name, why=_reason(error))
+    message = "onnxruntime fails while it runs the model"
+    return VerificationFailed(message, where=name, why=_reason(error))
+
+
+def _reason(error: Exception) -> str:
+    """The message without the runtime's prefix, which ends with its error code."""
+    return re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error)).strip()
