@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import zipfile
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +48,9 @@ def read_facts(folder: Path) -> dict[type[Fact], Fact]:
     try:
         structure = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         with np.load(folder / "facts.npz", allow_pickle=False) as stored:
-            read = [_decode(entry, dict(stored)) for entry in structure]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            arrays = dict(stored)
+        read = [_decode(entry, arrays) for entry in structure]
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         message = "the facts cannot be read"
         raise UsageError(
             message, where=str(folder), why=f"{type(error).__name__}: {error}"
