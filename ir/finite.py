@@ -18,10 +18,13 @@ if TYPE_CHECKING:
 _CHUNK = 1 << 20
 # Operators that mask or bound with infinity. Elsewhere an infinite constant spoils every output.
 _MASKING = frozenset(
-    "Add And Cast Clip Concat Constant ConstantOfShape Equal Expand Gather Greater "
-    "GreaterOrEqual Identity If IsInf Less LessOrEqual Loop Max Min Mul Neg Pad Reshape Scan "
-    "ScatterElements ScatterND SequenceConstruct Slice Squeeze Sub Tile Trilu Unsqueeze "
-    "Where Attention".split()
+    {
+        *("Add", "Attention", "Clip", "Concat", "ConstantOfShape", "Expand", "If", "Loop", "Max"),
+        *("Cast", "Equal", "Gather", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Min"),
+        *("Identity", "IsInf", "Mul", "Neg", "Pad", "Reshape", "Scan", "ScatterElements"),
+        *("ScatterND", "SequenceConstruct", "Slice", "Squeeze", "Sub", "Tile", "Trilu"),
+        *("Unsqueeze", "Where"),
+    }
 )
 
 

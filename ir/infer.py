@@ -8,7 +8,7 @@ import onnx_ir
 
 from octavo.ir.errors import ModelError
 from octavo.ir.model import PROVENANCE
-from octavo.ir.normalise import DOMAINS, is_small, unique_names
+from octavo.ir.normalise import DOMAINS, is_small, lift_constants, unique_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,6 +42,8 @@ def convert(model: onnx_ir.Model, where: str) -> None:
         hint = "export it with a newer opset"
         raise ModelError(message, where=where, why=str(error)[:300], hint=hint) from error
     _take_graph(model, onnx_ir.from_proto(converted))
+    # Adapters insert Constant nodes, and nodes and values without names.
+    lift_constants(model)
     unique_names(model)
 
 
@@ -79,8 +81,9 @@ def _without_weights(model: onnx_ir.Model) -> onnx.ModelProto:
         if v.const_value is not None and not is_small(v.const_value)
     ]
     for value, tensor in large:
+        shape = onnx_ir.Shape(tensor.shape.numpy())
         value.const_value = onnx_ir.ExternalTensor(
-            "weights", 0, 0, tensor.dtype, shape=onnx_ir.Shape(tensor.shape), name=value.name or ""
+            "weights", 0, 0, tensor.dtype, shape=shape, name=value.name or ""
         )
     try:
         proto = onnx_ir.to_proto(model)
@@ -176,7 +179,9 @@ def _merge(value: onnx_ir.Value, info: onnx.ValueInfoProto) -> None:
 
 
 def _dim(inferred: Any, declared: Any) -> Any:
-    if isinstance(inferred, int) or (isinstance(declared, onnx_ir.SymbolicDim) and not declared.value):
+    if isinstance(inferred, int) or (
+        isinstance(declared, onnx_ir.SymbolicDim) and not declared.value
+    ):
         return inferred
     return declared
 

@@ -50,7 +50,8 @@ def inline(model: onnx_ir.Model, where: str) -> None:
             # The inliner hands a call's metadata down to the nodes of the body.
             node.metadata_props.setdefault(PROVENANCE, node.name)
     onnx_passes.InlinePass(lambda function: function.identifier() not in kept)(model)
-    onnx_passes.RemoveUnusedFunctionsPass()(model)
+    for key in model.functions.keys() - kept:
+        del model.functions[key]
 
 
 def check_domains(model: onnx_ir.Model, where: str) -> None:
@@ -84,13 +85,16 @@ def sort(graph: onnx_ir.Graph, where: str) -> None:
 def lift_constants(model: onnx_ir.Model) -> None:
     """Turn Constant nodes into initializers, except strings and graph outputs."""
     for node in list(model.graph.all_nodes()):
-        if node.op_type != "Constant" or node.domain or node.outputs[0].is_graph_output():
+        if node.op_type != "Constant" or node.domain or node.graph is None:
             continue
         tensor, old = _constant_tensor(node), node.outputs[0]
-        if tensor is None or node.graph is None:
+        if tensor is None:
+            continue
+        if old.is_graph_output():
+            node.attributes["value"] = onnx_ir.AttrTensor("value", onnx_ir.Tensor(tensor.numpy()))
             continue
         dtype = onnx_ir.TensorType(tensor.dtype)
-        shape = onnx_ir.Shape(tensor.shape)
+        shape = onnx_ir.Shape(tensor.shape.numpy())
         new = onnx_ir.Value(name=old.name, shape=shape, type=dtype, const_value=tensor)
         new.metadata_props.update(old.metadata_props)
         old.replace_all_uses_with(new)

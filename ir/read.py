@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from octavo.ir.errors import UsageError
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from octavo.ir.model import Model
 
 
-def read(source: object, inputs: object = None) -> Model:
+def read(source: Any, inputs: Any = None) -> Model:
     """Read a path (`.onnx`, `.pt2`), `onnx.ModelProto`, `onnx_ir.Model` or torch program.
 
     `inputs` are the example inputs that a `torch.nn.Module` needs to be traced. Raises
@@ -29,7 +29,7 @@ def read(source: object, inputs: object = None) -> Model:
     return _read_graph(source)
 
 
-def _read_graph(source: object) -> Model:
+def _read_graph(source: Any) -> Model:
     import onnx
     import onnx_ir
 

@@ -87,22 +87,19 @@ def _malformed(where: str) -> Iterator[None]:
         raise
     except Exception as error:
         why = f"{type(error).__name__}: {error}".split("\n")[0][:300]
-        raise ModelError("the model is malformed", where=where, why=why) from error
+        hint = "the file is truncated, damaged, or not an ONNX model"
+        raise ModelError("the model cannot be read", where=where, why=why, hint=hint) from error
 
 
 def _parse(path: Path) -> onnx.ModelProto:
     import onnx
-    from google.protobuf.message import DecodeError
 
     if not path.stat().st_size:
         raise ModelError("the file is empty", where=str(path))
+    proto = onnx.ModelProto()
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        try:
-            return onnx.ModelProto.FromString(memoryview(content))
-        except DecodeError as error:
-            hint = "the file is truncated, or not an ONNX model"
-            message = "the file is not a readable ONNX model"
-            raise ModelError(message, where=str(path), why=str(error), hint=hint) from error
+        proto.ParseFromString(memoryview(content))
+    return proto
 
 
 def _file_source(path: Path, inspection: Inspection) -> Source:
@@ -119,9 +116,10 @@ def _deserialize(proto: onnx.ModelProto, where: str, folder: Path | None) -> onn
     densify(proto, where)
     model = onnx_ir.from_proto(proto)
     shared: dict[object, TensorProtocol] = {}
+    bodies = [function.graph for function in model.functions.values()]
+    for graph in (model.graph, *bodies):
+        onnx_ir.external_data.set_base_dir(graph, folder or "")
     for graph in model.graphs():
-        if folder is not None:
-            onnx_ir.external_data.set_base_dir(graph, folder)
         for value in graph.initializers.values():
             if value.const_value is not None:
                 value.const_value = _own(value.const_value, shared)

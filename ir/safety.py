@@ -159,7 +159,8 @@ class Inspection:
             raise ModelError(message, where=self.where)
         dtype = onnx_ir.DataType(tensor.data_type)
         bits = 8 if dtype == onnx_ir.DataType.STRING else dtype.bitwidth
-        return -(-math.prod(tensor.dims) * bits // 8)
+        count: int = math.prod(tensor.dims)
+        return -(-count * bits // 8)
 
     def _external_data(self, tensor: onnx.TensorProto, declared: int) -> None:
         entries = {e.key: e.value for e in tensor.external_data}
