@@ -25,11 +25,11 @@ _CALL_SECONDS = 1e-6
 class AnalyticCost:
     """Multiply-accumulates and bytes at nominal rates, times the target row's relative speed.
 
-    `dims` gives the size of symbolic dimensions; others count as 1.
+    `sizes` gives the elements of values by name, for models with symbolic dimensions.
     """
 
     target: Target
-    dims: Mapping[str, int] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def source(self) -> str:
@@ -45,26 +45,25 @@ class AnalyticCost:
         return _CALL_SECONDS + 4 * self.elements(value) / _BYTES_PER_SECOND
 
     def elements(self, value: onnx_ir.Value) -> int:
-        """Elements of a value with symbolic dimensions resolved."""
-        if value.shape is None:
-            return 1
-        sizes = (d if isinstance(d, int) else self.dims.get(str(d.value), 1) for d in value.shape)
-        return math.prod(sizes)
+        """Elements of a value; a dimension that nothing tells counts as 1."""
+        if value.name in self.sizes:
+            return self.sizes[value.name]
+        return math.prod(d if isinstance(d, int) else 1 for d in value.shape or ())
 
     def macs(self, node: onnx_ir.Node) -> int:
         """Multiply-accumulates of a linear node, 0 for every other operator."""
-        values = node.inputs
-        if node.op_type not in ("Conv", "ConvTranspose", "MatMul", "Gemm") or values[1] is None:
+        if node.op_type not in ("Conv", "ConvTranspose", "MatMul", "Gemm"):
             return 0
-        shape = values[1].shape
-        if shape is None or not all(isinstance(d, int) for d in shape):
-            return self.elements(node.outputs[0])
+        left, right = node.inputs[0], node.inputs[1]
+        shape = _dims(right)
+        if left is None or len(shape) < 2:
+            return 0
         if node.op_type == "Conv":
-            return self.elements(node.outputs[0]) * math.prod(map(int, shape[1:]))
-        if node.op_type == "ConvTranspose" and values[0] is not None:
-            return self.elements(values[0]) * math.prod(map(int, shape[1:]))
-        transposed = node.op_type == "Gemm" and node.attributes.get_int("transB", 0)
-        return self.elements(node.outputs[0]) * int(shape[-1] if transposed else shape[-2])
+            return self.elements(node.outputs[0]) * math.prod(shape[1:])
+        if node.op_type == "ConvTranspose":
+            return self.elements(left) * math.prod(shape[1:])
+        transposed = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
+        return self.elements(node.outputs[0]) * shape[-1 if transposed else -2]
 
     def _float_seconds(self, node: onnx_ir.Node) -> float:
         values = [v for v in (*node.inputs, *node.outputs) if v is not None]
@@ -72,10 +71,16 @@ class AnalyticCost:
         return _CALL_SECONDS + self.macs(node) / _MACS_PER_SECOND + moved / _BYTES_PER_SECOND
 
 
+def _dims(value: onnx_ir.Value | None) -> list[int]:
+    if value is None or value.shape is None:
+        return []
+    return [d if isinstance(d, int) else 1 for d in value.shape]
+
+
 @final
 @dataclass(frozen=True)
 class MeasuredCost:
-    """Seconds from a latency table; what it does not hold is the analytic estimate times `scale`."""
+    """Seconds from a latency table; what it lacks is the analytic estimate times `scale`."""
 
     latencies: Latencies
     analytic: AnalyticCost

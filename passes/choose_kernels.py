@@ -106,13 +106,13 @@ class ChooseKernels(Pass):
         if method in ("dynamic", "weight-only"):
             row = ctx.target.support(node, method).row
             if row is not None:
-                return Choice(self._option(row, node, method), reason, seconds)
+                return Choice(self._option(row, node, method), reason, _named(seconds))
         row = ctx.target.support(node, "storage").row
         if row is None:
-            return Choice(FLOAT, reason, seconds) if support.row or candidate else None
+            return Choice(FLOAT, reason, _named(seconds)) if candidate else None
         if not self.storage or not _worth_storing(node, row):
-            return Choice(FLOAT, f"{reason}; too few weights to shrink", seconds)
-        return Choice(self._option(row, node, "storage"), reason, seconds)
+            return Choice(FLOAT, f"{reason}; too few weights to shrink", _named(seconds))
+        return Choice(self._option(row, node, "storage"), reason, _named(seconds))
 
     def _seconds(self, node: onnx_ir.Node, ctx: PassContext) -> dict[Method, float]:
         allowed: list[Method] = ["float"]
@@ -167,6 +167,10 @@ def _static_choice(chain: Chain, node: onnx_ir.Node, ctx: PassContext) -> Choice
         str(m): s for m in ("float", "static") if (s := ctx.cost.seconds(node, m)) is not None
     }
     return Choice(Option("static", weight), chain.row.note or "integer kernel", seconds)
+
+
+def _named(seconds: Mapping[Method, float]) -> dict[str, float]:
+    return {str(method): value for method, value in seconds.items()}
 
 
 def _weight_spec(row: KernelRow, node: onnx_ir.Node) -> QuantSpec:

@@ -57,6 +57,11 @@ class Pipeline:
         at = names.index(name) if name in names else len(names)
         return Pipeline(self.passes[:at], self.first), self.rest(at)
 
+    def with_options(self, name: str, **options: object) -> Pipeline:
+        """The same pipeline with other options for every pass called `name`."""
+        passes = (replace(p, **options) if p.name == name else p for p in self.passes)  # type: ignore[type-var]
+        return Pipeline(tuple(passes), self.first)
+
     def rest(self, at: int) -> Pipeline:
         """The pipeline from its pass number `at` on."""
         return Pipeline(self.passes[at:], self.first + at)
@@ -71,22 +76,32 @@ class Pipeline:
             have = {f for f in have if issubclass(f, pass_.preserves)} | set(pass_.produces)
 
     def run(
-        self, model: Model, ctx: PassContext, instruments: Sequence[Instrument] = ()
+        self,
+        model: Model,
+        ctx: PassContext,
+        instruments: Sequence[Instrument] = (),
+        following: Sequence[Pass] = (),
     ) -> Compilation:
-        """Run every pass on a private clone, verify after each, and record what it did."""
+        """Run every pass on a private clone, verify after each, and record what it did.
+
+        Calibration also measures what the passes in `following` ask for, which run later.
+        """
         self.check(tuple(model.facts))
         records: list[PassRecord] = []
         for at, pass_ in enumerate(self.passes):
-            own = replace(ctx, recorder=Recorder(), statistics=self._requests(at, model, ctx))
+            own = replace(ctx, recorder=Recorder(), statistics=self._requests(at, model, ctx, following))
             step = Step(self.first + at, pass_, self.rest(at), model, own)
             model, record = _run_step(step, instruments)
             records.append(record)
         return Compilation(model, tuple(records))
 
-    def _requests(self, index: int, model: Model, ctx: PassContext) -> tuple[Statistic, ...]:
+    def _requests(
+        self, index: int, model: Model, ctx: PassContext, following: Sequence[Pass]
+    ) -> tuple[Statistic, ...]:
         if not isinstance(self.passes[index], Calibrate):
             return ()
-        later = (s for p in self.passes[index + 1 :] for s in p.statistics(model, ctx))
+        passes = (*self.passes[index + 1 :], *following)
+        later = (s for p in passes for s in p.statistics(model, ctx))
         return tuple(dict.fromkeys(later))
 
 

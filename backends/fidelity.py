@@ -1,0 +1,98 @@
+"""How far the outputs of one file are from those of another, on the same feeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, final
+
+import numpy as np
+
+from octavo.backends.ort_session import make_session
+from octavo.ir.errors import VerificationFailed
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from octavo.ir.calibration import Feed
+
+Outputs = dict[str, "NDArray[np.generic]"]
+
+
+@final
+@dataclass(frozen=True)
+class Fidelity:
+    """Distance of outputs from a reference, worst output first.
+
+    `relative_error` is ‖y - reference‖ / ‖reference‖; `agreement` the share of rows with the
+    same arg-max along the last axis, where an output has rows of at least two floats.
+    """
+
+    relative_error: float
+    cosine: float
+    agreement: float | None
+    samples: int
+
+    def to_json(self) -> dict[str, float | int | None]:
+        return asdict(self)
+
+
+def run_file(path: Path, feeds: Sequence[Feed], *, threads: int) -> tuple[Outputs, ...]:
+    """The outputs of a model file for every feed."""
+    session = make_session(path, threads=threads)
+    return tuple(session.run({n: feed[n] for n in session.inputs}) for feed in feeds)
+
+
+def compare(reference: Iterable[Outputs], outputs: Iterable[Outputs]) -> Fidelity:
+    """Fidelity of `outputs` over all feeds. Raises VerificationFailed for NaN or a new shape."""
+    per_output: dict[str, _Sums] = {}
+    samples = 0
+    for expected, actual in zip(reference, outputs, strict=True):
+        samples += 1
+        for name, array in expected.items():
+            if array.dtype.kind == "f" and array.size:
+                per_output.setdefault(name, _Sums()).add(name, array, actual[name])
+    if not per_output:
+        return Fidelity(0.0, 1.0, None, samples)
+    worst = max(per_output.values(), key=lambda sums: sums.relative_error)
+    agreements = [a for s in per_output.values() if (a := s.agreement) is not None]
+    return Fidelity(worst.relative_error, worst.cosine, min(agreements, default=None), samples)
+
+
+@dataclass
+class _Sums:
+    error: float = 0.0
+    reference: float = 0.0
+    actual: float = 0.0
+    product: float = 0.0
+    rows: int = 0
+    same: int = 0
+
+    def add(self, name: str, expected: NDArray[np.generic], actual: NDArray[np.generic]) -> None:
+        if expected.shape != actual.shape:
+            why = f"{actual.shape} instead of {expected.shape}"
+            raise VerificationFailed(f"output '{name}' has another shape", why=why)
+        a, b = expected.astype(np.float64), actual.astype(np.float64)
+        if not np.isfinite(b).all() and np.isfinite(a).all():
+            raise VerificationFailed(f"output '{name}' is not finite", why="the source's is")
+        self.error += float(np.square(a - b).sum())
+        self.reference += float(np.square(a).sum())
+        self.actual += float(np.square(b).sum())
+        self.product += float((a * b).sum())
+        if a.ndim >= 2 and a.shape[-1] >= 2:
+            self.rows += a[..., 0].size
+            self.same += int((a.argmax(-1) == b.argmax(-1)).sum())
+
+    @property
+    def relative_error(self) -> float:
+        return float(np.sqrt(self.error / self.reference)) if self.reference else self.error
+
+    @property
+    def cosine(self) -> float:
+        norm = float(np.sqrt(self.reference * self.actual))
+        return self.product / norm if norm else 1.0
+
+    @property
+    def agreement(self) -> float | None:
+        return self.same / self.rows if self.rows else None

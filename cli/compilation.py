@@ -1,0 +1,272 @@
+"""Compile a model: run the pipeline, lower, measure, keep the fastest mixture, prove it."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, final
+
+from octavo.backends.bench import bench, random_feed
+from octavo.backends.fidelity import Fidelity, compare, run_file
+from octavo.backends.ort_audit import audit
+from octavo.backends.ort_lowering import lower
+from octavo.backends.ort_session import OrtEvaluator
+from octavo.backends.ort_target import TARGETS
+from octavo.cli.candidates import Candidate, Measured, fastest
+from octavo.ir.artifact import Artifact, Audit, Bench, Probes
+from octavo.ir.artifact_io import MODEL, Manifest, write_artifact
+from octavo.ir.cache import Cache
+from octavo.ir.cost import AnalyticCost
+from octavo.ir.errors import UnknownName
+from octavo.ir.facts import Plan
+from octavo.ir.read import read
+from octavo.ir.shapes import concrete_elements
+from octavo.ir.write import write
+from octavo.passes.base import PassContext
+from octavo.passes.pipeline import Pipeline
+from octavo.passes.presets import PRESETS, preset
+from octavo.passes.registry import PASSES
+from octavo.passes.record import Header, PassRecord, write_records
+
+if TYPE_CHECKING:
+    from octavo.ir.calibration import Batches, Feed
+    from octavo.ir.model import Model
+    from octavo.ir.target import Target
+    from octavo.passes.instruments import Instrument
+
+Progress = Callable[[str, int, int], None]
+_PROBES = 2
+_COMPARED = 8
+
+
+def _silent(label: str, done: int, total: int) -> None:
+    pass
+
+
+@final
+@dataclass(frozen=True)
+class Request:
+    """What a compilation was asked for; the defaults are part of every output.
+
+    `pipeline` is a preset name or a pipeline text, empty for the preset the data allows.
+    `batch` and `shapes` say what latency is measured with. `max_recurrent_error` bounds the
+    relative output error that a dynamic LSTM kernel may add.
+    """
+
+    target: str = "ort-cpu"
+    pipeline: str = ""
+    keep_float: tuple[str, ...] = ()
+    shapes: Mapping[str, Sequence[int]] | None = None
+    threads: int = 1
+    seed: int = 0
+    measure: bool = True
+    max_recurrent_error: float = 0.02
+
+
+@final
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled model with its evidence; `save` writes the artifact folder."""
+
+    request: Request
+    source: Model
+    model: Model
+    pipeline: Pipeline
+    records: tuple[PassRecord, ...]
+    artifact: Artifact
+    audit: Audit
+    bench: Bench
+    fidelity: Fidelity
+    probes: Probes
+    notes: tuple[str, ...]
+    calibration: Batches | None = None
+
+    def save(self, path: str | Path, *, force: bool = False) -> Manifest:
+        """Write OUT/ whole or not at all; raises UsageError where it cannot."""
+        from octavo.ir.output_folder import open_output
+
+        with open_output(Path(path), force=force) as folder:
+            return self.write(folder)
+
+    def write(self, folder: Path) -> Manifest:
+        """Fill an existing folder; the lowered model moves there if it lies elsewhere."""
+        artifact = _moved(self.artifact, folder)
+        header = Header(str(self.pipeline), self.source.source, artifact.target, self.request.seed)
+        write_records(folder / "passes.jsonl", header, self.records)
+        return write_artifact(
+            artifact,
+            self._manifest(),
+            plan=self.model.find(Plan),
+            audit=self.audit,
+            probes=self.probes,
+        )
+
+    def _manifest(self) -> Manifest:
+        calibration = self.calibration
+        return Manifest(
+            source=self.source.source,
+            target=self.artifact.target,
+            pipeline=str(self.pipeline),
+            seed=self.request.seed,
+            calibration_sha256=calibration.sha256 if calibration else "",
+            calibration_samples=calibration.samples if calibration else 0,
+            config={
+                "keep_float": " ".join(self.request.keep_float),
+                "shapes": " ".join(f"{k}={v}" for k, v in self.bench.shapes.items()),
+                "threads": self.request.threads,
+                "max_recurrent_error": self.request.max_recurrent_error,
+            },
+            results={
+                "model_bytes": self.artifact.bytes,
+                "source_bytes": self.source.source.bytes,
+                "relative_output_error": round(self.fidelity.relative_error, 6),
+                "cosine": round(self.fidelity.cosine, 6),
+                "argmax_agreement": self.fidelity.agreement,
+                "compared_samples": self.fidelity.samples,
+            },
+        )
+
+
+def compile_model(
+    source: object,
+    *,
+    calibration: Batches | None = None,
+    request: Request = Request(),
+    cache: Cache | None = None,
+    workdir: Path | None = None,
+    instruments: Sequence[Instrument] = (),
+    progress: Progress = _silent,
+) -> Compiled:
+    """Compile a model (a path, a Model, or a torch program) for a target.
+
+    `workdir` is where lowered candidates go (default: a temporary folder that lives as long as
+    the process). Raises OctavoError.
+    """
+    target = _target(request.target)
+    model = read(source)
+    folder = workdir or Path(tempfile.mkdtemp(prefix="octavo-"))
+    feed = _bench_feed(model, calibration, request)
+    pipeline = _pipeline(request, calibration is not None)
+    with ThreadPoolExecutor(2) as executor:
+        ctx = PassContext(
+            target=target,
+            cost=AnalyticCost(target, concrete_elements(model, feed)),
+            evaluator=OrtEvaluator(threads=2),
+            executor=executor,
+            workdir=folder,
+            calibration=calibration,
+            seed=request.seed,
+            cache=cache,
+            progress=progress,
+        )
+        job = _Job(request, model, pipeline, ctx, feed, tuple(instruments), progress)
+        return job.run(cache)
+
+
+@dataclass(frozen=True)
+class _Job:
+    request: Request
+    model: Model
+    pipeline: Pipeline
+    ctx: PassContext
+    feed: Feed
+    instruments: tuple[Instrument, ...]
+    progress: Progress
+
+    def run(self, cache: Cache | None) -> Compiled:
+        before, after = self.pipeline.split("choose-kernels")
+        base = before.run(self.model, self.ctx, self.instruments, after.passes)
+        ctx = replace(self.ctx, cost=AnalyticCost(self.ctx.target, concrete_elements(base.model, self.feed)))
+        source = _source_file(self.model, ctx.workdir)
+        probes = self._probe_feeds()
+        measured = Measured(source, self.feed, probes, self.request, cache)
+
+        def build(name: str, context: PassContext, **options: object) -> Candidate:
+            pipeline = after.with_options("choose-kernels", **options)
+            compiled = pipeline.run(base.model, context, self.instruments)
+            artifact = lower(compiled.model, _fresh(ctx.workdir, name) / MODEL)
+            return Candidate(name, pipeline, compiled, artifact)
+
+        best, notes = fastest(build, ctx, measured)
+        self.progress("prove", 0, 1)
+        proof = audit(best.artifact, self.feed, threads=self.request.threads)
+        timing = measured.final_bench(best)
+        self.progress("prove", 1, 1)
+        reference, outputs = measured.reference, measured.outputs(best)
+        return Compiled(
+            request=self.request,
+            source=self.model,
+            model=best.compilation.model,
+            pipeline=Pipeline((*before.passes, *best.pipeline.passes)),
+            records=(*base.records, *best.compilation.records),
+            artifact=best.artifact,
+            audit=proof,
+            bench=timing,
+            fidelity=compare(reference, outputs),
+            probes=Probes(tuple(probes[:_PROBES]), outputs[:_PROBES]),
+            notes=notes,
+            calibration=self.ctx.calibration,
+        )
+
+    def _probe_feeds(self) -> tuple[Feed, ...]:
+        """Feeds that outputs are compared on: the first ones of the calibration data."""
+        batches = self.ctx.calibration
+        if batches is None:
+            return (self.feed,)
+        return tuple(itertools.islice(batches, _COMPARED))
+
+
+def _target(name: str) -> Target:
+    if name not in TARGETS:
+        raise UnknownName("target", name, TARGETS)
+    return TARGETS[name]
+
+
+def _pipeline(request: Request, calibrated: bool) -> Pipeline:
+    """The preset or text that was asked for, with the float patterns of the request."""
+    default = "int8" if calibrated else "int8-dynamic"
+    name = request.pipeline or default
+    is_text = name not in PRESETS and any(mark in name for mark in ",{") or name in PASSES
+    pipeline = Pipeline.parse(name if is_text else preset(name))
+    if not request.keep_float:
+        return pipeline
+    return pipeline.with_options("choose-kernels", keep_float=request.keep_float)
+
+
+def _bench_feed(model: Model, calibration: Batches | None, request: Request) -> Feed:
+    """One sample of the calibration data, or random numbers; `shapes` decides before both."""
+    feed = random_feed(model, request.shapes, request.seed)
+    if calibration is None or request.shapes:
+        return feed
+    first = next(iter(calibration))
+    return {
+        name: array if len(feed[name]) == len(array) or array.ndim == 0 else array[:1]
+        for name, array in first.items()
+    }
+
+
+def _source_file(model: Model, workdir: Path) -> Path:
+    """The file the model was read from, or a file written from it."""
+    path = Path(model.source.name)
+    if path.suffix == ".onnx" and path.is_file():
+        return path
+    path = workdir / "source.onnx"
+    write(model, path)
+    return path
+
+
+def _fresh(workdir: Path, name: str) -> Path:
+    folder = workdir / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _moved(artifact: Artifact, folder: Path) -> Artifact:
+    for file in artifact.path.parent.glob(artifact.path.name + "*"):
+        shutil.copyfile(file, folder / file.name)
+    return replace(artifact, path=folder / artifact.path.name)
