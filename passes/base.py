@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Executor
 
+    from octavo.ir.cache import Cache
     from octavo.ir.calibration import Batches
     from octavo.ir.evaluate import CostModel, Evaluator
     from octavo.ir.facts import Fact
@@ -68,6 +69,7 @@ class PassContext:
     executor: Executor
     workdir: Path
     calibration: Batches | None = None
+    cache: Cache | None = None
     seed: int = 0
     statistics: tuple[Statistic, ...] = ()
     recorder: Recorder = field(default_factory=Recorder)
