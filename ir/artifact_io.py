@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-import numpy as np
-
+from octavo.ir.arrays_io import Array, read_arrays, write_arrays
 from octavo.ir.artifact import Artifact, Audit, AuditRow, PlannedNode, Probes
 from octavo.ir.errors import UsageError, VerificationFailed
 from octavo.ir.model import Source
@@ -33,7 +31,7 @@ MODEL, PLAN, AUDIT, PROBES = "model.onnx", "plan.json", "audit.json", "probes.np
 PASS_LOG = "passes.jsonl"
 FORMAT = 1
 Scalar = str | int | float | bool | None
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile)
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError)
 
 
 @final
@@ -142,34 +140,27 @@ def read_artifact(folder: Path) -> SavedArtifact:
 
 
 def write_probes(probes: Probes, path: Path) -> None:
-    """Arrays `0.in.NAME` and `0.out.NAME` of every probe, in an npz without dates."""
+    """Arrays `0.in.NAME` and `0.out.NAME` of every probe, in an .npz file."""
     arrays = {
-        f"{index}.{role}.{name}": _plain(array)
+        f"{index}.{role}.{name}": array
         for role, feeds in (("in", probes.feeds), ("out", probes.outputs))
         for index, feed in enumerate(feeds)
         for name, array in feed.items()
     }
-    with path.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
+    write_arrays(path, arrays)
 
 
 def read_probes(path: Path) -> Probes:
     """What `write_probes` wrote."""
-    roles: dict[str, dict[int, dict[str, np.ndarray[Any, Any]]]] = {"in": {}, "out": {}}
-    with np.load(path, allow_pickle=False) as arrays:
-        for key in arrays.files:
-            index, role, name = key.split(".", 2)
-            roles[role].setdefault(int(index), {})[name] = arrays[key]
+    roles: dict[str, dict[int, dict[str, Array]]] = {"in": {}, "out": {}}
+    for key, array in read_arrays(path).items():
+        index, role, name = key.split(".", 2)
+        roles[role].setdefault(int(index), {})[name] = array
     return Probes(_in_order(roles["in"]), _in_order(roles["out"]))
 
 
 def _in_order(feeds: Mapping[int, Feed]) -> tuple[Feed, ...]:
     return tuple(feeds[index] for index in sorted(feeds))
-
-
-def _plain(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    # Strings come as Python objects, which only pickle can store.
-    return array.astype(np.str_) if array.dtype == np.object_ else array
 
 
 def _plan_json(planned: Iterable[PlannedNode], plan: Plan | None) -> dict[str, object]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import zipfile
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ import numpy as np
 
 from octavo.ir import facts as fact_types
 from octavo.ir import quant as quant_types
+from octavo.ir.arrays_io import read_arrays, write_arrays
 from octavo.ir.errors import UsageError
 from octavo.ir.facts import Fact
 
@@ -39,18 +39,16 @@ def write_facts(facts: Mapping[type[Fact], Fact], folder: Path) -> None:
     structure = [_encode(facts[kind], arrays) for kind in sorted(facts, key=lambda k: k.__name__)]
     text = json.dumps(structure, indent=1) + "\n"
     (folder / "facts.json").write_text(text, encoding="utf-8")
-    with (folder / "facts.npz").open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
+    write_arrays(folder / "facts.npz", arrays)
 
 
 def read_facts(folder: Path) -> dict[type[Fact], Fact]:
     """The facts that `write_facts` wrote; UsageError where the files are anything else."""
     try:
         structure = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-        with np.load(folder / "facts.npz", allow_pickle=False) as stored:
-            arrays = dict(stored)
+        arrays = read_arrays(folder / "facts.npz")
         read = [_decode(entry, arrays) for entry in structure]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         message = "the facts cannot be read"
         raise UsageError(
             message, where=str(folder), why=f"{type(error).__name__}: {error}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, final
 
 from octavo.ir.text import model_text
 from octavo.passes.base import Remark
-from octavo.passes.record import GraphDiff, PassRecord, summarise
+from octavo.passes.record import GraphDiff, PassRecord, line, summarise, write_records
 from octavo.passes.spec import format_pass
 
 if TYPE_CHECKING:
@@ -96,7 +95,7 @@ class JsonLog(Instrument):
 
     def __init__(self, path: Path, header: Header) -> None:
         self._path = path
-        path.write_text(json.dumps(header.to_json()) + "\n", encoding="utf-8")
+        write_records(path, header, ())
 
     def after_pass(self, step: Step, record: PassRecord, model: Model) -> PassRecord:
         self._append(record)
@@ -123,15 +122,15 @@ class JsonLog(Instrument):
 
     def _append(self, record: PassRecord) -> None:
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record.to_json()) + "\n")
+            file.write(line(record))
 
 
 def peak_resident_bytes() -> int:
     """The highest resident memory of this process so far."""
     # VmHWM counts this program alone; ru_maxrss starts at the parent's size when it was forked.
     if _STATUS.exists():
-        lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
-        mark = next((line for line in lines if line.startswith("VmHWM:")), None)
+        fields = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
+        mark = next((text for text in fields if text.startswith("VmHWM:")), None)
         if mark is not None:
             return int(mark.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -16,6 +16,7 @@ from octavo.ir.versions import versions
 from octavo.passes.base import Remark
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from octavo.ir.model import Model
@@ -98,6 +99,16 @@ class PassRecord:
         return PassRecord(**{**line, **kept})
 
 
+def line(entry: Header | PassRecord) -> str:
+    """A header or a record as one line of a log."""
+    return json.dumps(entry.to_json()) + "\n"
+
+
+def write_records(path: Path, header: Header, records: Iterable[PassRecord]) -> None:
+    """Write a whole log; `JsonLog` writes the same lines while passes run."""
+    path.write_text("".join(map(line, (header, *records))), encoding="utf-8")
+
+
 def read_records(path: Path) -> tuple[Header, tuple[PassRecord, ...]]:
     """The header and the records of a log file.
 
@@ -105,12 +116,12 @@ def read_records(path: Path) -> tuple[Header, tuple[PassRecord, ...]]:
     """
     try:
         with path.open(encoding="utf-8") as file:
-            first, *lines = (json.loads(line) for line in file)
+            first, *lines = map(json.loads, file)
         if first["format"] != FORMAT:
             message = f"{path.name} has format {first['format']}, this octavo reads {FORMAT}"
             raise UsageError(message, where=str(path))
         header = Header(**{**first, "source": Source(**first["source"])})
-        return header, tuple(PassRecord.from_json(line) for line in lines)
+        return header, tuplemap(PassRecord.from_json, lines)
     except (OSError, ValueError, KeyError, TypeError) as error:
         message = f"{path.name} is not a pass log"
         raise UsageError(message, where=str(path), why=f"{type(error).__name__}: {error}") from None

@@ -1,0 +1,114 @@
+"""`octavo bench`: latency of artifacts and model files against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from octavo.cli.render import (
+    AsJson,
+    format_bytes,
+    format_seconds,
+    print_json,
+    print_message,
+    print_table,
+)
+from octavo.ir.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from octavo.ir.artifact import Bench
+    from octavo.ir.calibration import Feed
+
+
+def bench(
+    models: Annotated[
+        list[Path], typer.Argument(help="Artifact folders or .onnx files; the first is the 1.00x.")
+    ],
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the runtime.")] = 1,
+    shape: Annotated[
+        list[str] | None, typer.Option(help="Shape of an input, as NAME=1x3x224x224; repeatable.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="An .npz with every input by name; else random numbers.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=3, help="Rounds at most; each runs every file.")] = 200,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Seconds at most, all rounds.")] = 10.0,
+    as_json: AsJson = False,
+) -> None:
+    """Time models in turn: warm-up, rounds that run every file once, medians.
+
+    Stops early when every speed is known to 1 %.
+    """
+    from octavo.backends.bench import bench as measure
+
+    files, config = _files(models)
+    feed = _feed(files[0], data, parse_shapes(shape or ()))
+    result = measure(
+        files, feed, threads=threads, rounds=rounds, seconds_limit=seconds, config=config
+    )
+    if as_json:
+        print_json({**result.to_json(), "feed": str(data) if data else "random"})
+    else:
+        _print(result, str(data) if data else "random numbers")
+
+
+def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """`x=1x3x224x224` → `{"x": (1, 3, 224, 224)}`; a scalar is `x=`."""
+    shapes = {}
+    for text in texts:
+        name, equals, sizes = text.rpartition("=")
+        parts = sizes.split("x") if sizes else []
+        if not equals or not all(part.isdecimal() for part in parts):
+            message = f"'{text}' is not a shape"
+            raise UsageError(message, hint="write NAME=1x3x224x224")
+        shapes[name] = tuple(map(int, parts))
+    return shapes
+
+
+def _files(models: Sequence[Path]) -> tuple[list[Path], dict[Path, Mapping[str, str]]]:
+    from octavo.ir.artifact_io import is_artifact, read_artifact
+
+    files, config = [], {}
+    for path in models:
+        if is_artifact(path):
+            artifact = read_artifact(path).artifact
+            config[artifact.path] = artifact.session_options
+            files.append(artifact.path)
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise UsageError(f"{path} is neither a model file nor an artifact folder")
+    return files, config
+
+
+def _feed(first: Path, data: Path | None, shapes: Mapping[str, Sequence[int]]) -> Feed:
+    from octavo.backends.bench import random_feed
+    from octavo.cli.run_command import read_feed
+    from octavo.ir.read import read
+
+    if data is None:
+        return random_feed(read(first), shapes)
+    if shapes:
+        message = "--shape and --data exclude each other"
+        raise UsageError(message, why="data has its own shapes")
+    return read_feed(data)
+
+
+def _print(result: Bench, feed: str) -> None:
+    rows = [
+        (
+            row.file,
+            format_bytes(row.bytes),
+            *map(format_seconds, (row.median_seconds, row.low_seconds, row.high_seconds)),
+            f"{row.speed:.2f}x",
+        )
+        for row in result.rows
+    ]
+    print_table(("file", "size", "median", "10 %", "90 %", "speed"), rows)
+    shapes = ", ".join(f"{name} {shape}" for name, shape in result.shapes.items())
+    print_message(f"{result.rounds} rounds; {feed}: {shapes}; {result.environment}")

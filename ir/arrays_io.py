@@ -1,0 +1,35 @@
+"""Named arrays in an .npz file: no pickle, no dates, the same bytes for the same arrays."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
+    """Write arrays under any names; `numpy.savez` refuses a few. Strings become fixed width."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in arrays.items():
+            plain = array.astype(np.str_) if array.dtype == np.object_ else array
+            # A name, not a ZipInfo of now: entries opened by name carry no date.
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, plain, allow_pickle=False)
+
+
+def read_arrays(path: Path) -> dict[str, Array]:
+    """The arrays of an .npz file; ValueError where it is none, OSError where it is not there."""
+    try:
+        stored = np.load(path, allow_pickle=False)
+        if isinstance(stored, np.lib.npyio.NpzFile):
+            with stored:
+                return dict(stored)
+    except (EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(str(error)) from None
+    message = "a single array without a name"
+    raise ValueError(message)

@@ -1,0 +1,22 @@
+"""Pipelines with a name. A preset is a text; whatever it does can be written out and changed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from octavo.ir.errors import UnknownName
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+PRESETS: Mapping[str, str] = {
+    "int8": "canonicalize,calibrate,choose-kernels,place-quantizers,insert-fake-quant",
+    "int8-dynamic": "canonicalize,choose-kernels,insert-fake-quant",
+}
+
+
+def preset(name: str) -> str:
+    """The pipeline text of a preset; UnknownName with near misses."""
+    if name not in PRESETS:
+        raise UnknownName("preset", name, PRESETS)
+    return PRESETS[name]
