@@ -106,7 +106,7 @@ def line(entry: Header | PassRecord) -> str:
 
 def write_records(path: Path, header: Header, records: Iterable[PassRecord]) -> None:
     """Write a whole log; `JsonLog` writes the same lines while passes run."""
-    path.write_text("".join(map(line, (header, *records))), encoding="utf-8")
+    path.write_text("".join(line(entry) for entry in (header, *records)), encoding="utf-8")
 
 
 def read_records(path: Path) -> tuple[Header, tuple[PassRecord, ...]]:
@@ -121,7 +121,7 @@ def read_records(path: Path) -> tuple[Header, tuple[PassRecord, ...]]:
             message = f"{path.name} has format {first['format']}, this octavo reads {FORMAT}"
             raise UsageError(message, where=str(path))
         header = Header(**{**first, "source": Source(**first["source"])})
-        return header, tuplemap(PassRecord.from_json, lines)
+        return header, tuple(map(PassRecord.from_json, lines))
     except (OSError, ValueError, KeyError, TypeError) as error:
         message = f"{path.name} is not a pass log"
         raise UsageError(message, where=str(path), why=f"{type(error).__name__}: {error}") from None
