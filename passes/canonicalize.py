@@ -1,0 +1,102 @@
+"""One spelling for what many exporters write in many: the form all later passes expect."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, final
+
+from octavo.ir.facts import Norms, QuantizedInput
+from octavo.passes.base import Pass
+from octavo.passes.find_layer_norms import layer_norms
+from octavo.passes.fold_constants import tidy
+from octavo.passes.fold_norms import fold_affine, fold_batchnorm
+from octavo.passes.fold_pads import fold_pad
+from octavo.passes.merge_activations import merge_activation
+from octavo.passes.recognize_quantized import is_quantized, quantized_values
+from octavo.passes.remove_noops import (
+    merge_reshape,
+    merge_transpose,
+    remove_arithmetic,
+    remove_cast,
+    remove_identity,
+)
+from octavo.passes.rewrite import Rewrite, is_op
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from octavo.ir.facts import Fact
+    from octavo.ir.model import Model
+    from octavo.ir.quant import QuantParams
+    from octavo.passes.base import PassContext
+    from octavo.passes.rewrite import Rule
+
+_ARITHMETIC: tuple[Rule, ...] = (remove_arithmetic, fold_affine)
+
+RULES: Mapping[str, tuple[Rule, ...]] = {
+    "BatchNormalization": (fold_batchnorm,),
+    "Mul": _ARITHMETIC,
+    "Div": _ARITHMETIC,
+    "Add": _ARITHMETIC,
+    "Sub": _ARITHMETIC,
+    "Relu": (merge_activation,),
+    "Clip": (merge_activation,),
+    "Max": (merge_activation,),
+    "Min": (merge_activation,),
+    "Pad": (fold_pad,),
+    "Identity": (remove_identity,),
+    "Dropout": (remove_identity,),
+    "Cast": (remove_cast,),
+    "Transpose": (merge_transpose,),
+    "Reshape": (merge_reshape,),
+}
+
+
+@final
+@dataclass(frozen=True)
+class Canonicalize(Pass):
+    """Bring a graph into the form that quantization expects.
+
+    **What it does.** Folds constants, BatchNormalization and constant scales and shifts per
+    channel into the linear operators next to them, zero Pads into convolutions and poolings;
+    writes saturating activations as Relu or Clip; removes what does nothing or is not read.
+    **Why.** An integer kernel absorbs a bias, a Relu or padding, but never the nodes in between.
+    **When it does not apply.** A value has another reader, a weight is shared or computed, a
+    zero border would change; the remark names it. Quantized models keep their Q/DQ nodes.
+    **Cost and accuracy.** Exact in real arithmetic; folding rounds each weight once more.
+    """
+
+    name = "canonicalize"
+    produces: ClassVar[tuple[type[Fact], ...]] = (Norms, QuantizedInput)
+
+    def run(self, model: Model, ctx: PassContext) -> Model:
+        before = model.graph.num_nodes()
+        known, quantized = model.find(Norms), _quantized(model, ctx)
+        tidy(model.ir, merge_duplicates=quantized is None)
+        rewrite = Rewrite(model, ctx, norms=dict(known.by_value) if known is not None else {})
+        while _sweep(rewrite):
+            tidy(model.ir, merge_duplicates=quantized is None)
+        rewrite.report()
+        ctx.count("nodes-removed", before - model.graph.num_nodes())
+        result = model.with_fact(Norms({**rewrite.norms, **layer_norms(model)}))
+        return result if quantized is None else result.with_fact(quantized)
+
+
+def _sweep(rewrite: Rewrite) -> bool:
+    """Try every rule on every node once."""
+    changed = False
+    for node in list(rewrite.model.graph.all_nodes()):
+        for rule in RULES.get(node.op_type, ()):
+            # An earlier rule may have removed the node or made it another operator.
+            if node.graph is not None and is_op(node, *RULES):
+                changed |= rule(node, rewrite)
+    return changed
+
+
+def _quantized(model: Model, ctx: PassContext) -> QuantizedInput | None:
+    found = [node for node in model.graph.all_nodes() if is_quantized(node)]
+    by_value: dict[str, QuantParams] = {}
+    for node in found:
+        by_value |= quantized_values(node)
+        ctx.remark("note", node.name or "", "already quantized: kept")
+    return QuantizedInput(by_value) if found else None
