@@ -1,13 +1,14 @@
-"""`octavo inspect`: a model node by node, an artifact layer by layer, and the log of its passes."""
+"""`octavo inspect`: a model node by node, an artifact layer by layer."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from octavo.cli.pass_log import inspect_log
 from octavo.cli.render import (
     AsJson,
     format_bytes,
@@ -16,11 +17,11 @@ from octavo.cli.render import (
     print_message,
     print_table,
 )
-from octavo.cli.pass_log import inspect_log
 
 if TYPE_CHECKING:
     import onnx_ir
 
+    from octavo.ir.artifact import AuditRow, PlannedNode
     from octavo.ir.artifact_io import SavedArtifact
     from octavo.ir.model import Model
 
@@ -69,7 +70,7 @@ def _inspect_model(model: Model, as_json: bool) -> None:
     print_message(f"{len(rows)} nodes, {format_bytes(size)} of weights, read as opset {versions}")
 
 
-def _node_row(node: onnx_ir.Node) -> dict[str, object]:
+def _node_row(node: onnx_ir.Node) -> dict[str, Any]:
     weights = [v.const_value for v in node.inputs if v is not None and v.const_value is not None]
     return {
         "node": node.name,
@@ -86,50 +87,40 @@ def _tensor(value: onnx_ir.Value) -> str:
 
 
 def _inspect_artifact(saved: SavedArtifact, as_json: bool) -> None:
-    audited = {row.node: row for row in saved.audit.rows}
-    rows = []
-    for node in saved.artifact.planned:
-        row = audited.get(node.node)
-        rows.append(
-            {
-                **asdict(node),
-                "kernel": row.kernel if row else "",
-                "ok": row.ok if row else None,
-                "kernel_seconds": row.seconds if row else None,
-                "remark": row.reason if row and row.reason else node.reason,
-            }
-        )
+    manifest, audit = saved.manifest, saved.audit
+    audited = {row.node: row for row in audit.rows}
+    rows = [_layer_row(node, audited.get(node.node)) for node in saved.artifact.planned]
     if as_json:
-        manifest = saved.manifest.to_json()
-        audit = {"findings": saved.audit.findings, "environment": saved.audit.environment}
-        print_json({"manifest": manifest, "plan": saved.plan_source, **audit, "layers": rows})
+        proof = {"findings": audit.findings, "environment": audit.environment}
+        plan = {"plan": saved.plan_source, "layers": rows}
+        print_json({"manifest": manifest.to_json(), **proof, **plan})
         return
-    columns = ("layer", "operator", "option", "kernel", "bytes", "source", "seconds", "remark")
+    columns = ("layer", "operator", "option", "kernel", "bytes", "source", "time", "remark")
     print_table(columns, [_layer_cells(row) for row in rows])
-    manifest = saved.manifest
     print_message(
-        f"{manifest.source.name} ({format_bytes(manifest.source.bytes)}) → "
-        f"{format_bytes(saved.artifact.bytes)} for {manifest.target}, options {saved.plan_source}; "
-        f"kernels as they ran on {saved.audit.environment}"
+        f"{manifest.source.name} {format_bytes(manifest.source.bytes)} → "
+        f"{format_bytes(saved.artifact.bytes)} for {manifest.target}; {saved.plan_source}; "
+        f"kernels and times: {audit.environment}"
     )
-    for finding in saved.audit.findings:
+    for finding in audit.findings:
         print_message(f"finding: {finding}")
 
 
-def _layer_cells(row: dict[str, object]) -> tuple[object, ...]:
-    def size(key: str) -> str:
-        value = row[key]
-        return format_bytes(value) if isinstance(value, int) and value else ""
+def _layer_row(node: PlannedNode, row: AuditRow | None) -> dict[str, Any]:
+    audited = {} if row is None else {"kernel": row.kernel, "ok": row.ok, "remark": row.reason}
+    seconds = row.seconds if row else None
+    return {**asdict(node), **audited, "kernel_seconds": seconds}
 
-    seconds = row["kernel_seconds"]
-    kernel = row["kernel"] or (f"in {row['absorbed_by']}" if row["absorbed_by"] else "")
+
+def _layer_cells(row: dict[str, Any]) -> tuple[object, ...]:
+    kernel = row.get("kernel") or (f"in {row['absorbed_by']}" if row["absorbed_by"] else "")
     return (
         row["node"],
         row["op_type"],
         row["option"],
-        kernel if row["ok"] is not False else f"{kernel} (not as planned)",
-        size("weight_bytes"),
-        size("source_bytes"),
-        format_seconds(seconds if isinstance(seconds, float) else None),
-        row["remark"],
+        kernel if row.get("ok", True) else f"{kernel} (not as planned)",
+        format_bytes(row["weight_bytes"] or None),
+        format_bytes(row["source_bytes"] or None),
+        format_seconds(row["kernel_seconds"]),
+        row.get("remark") or row["reason"],
     )

@@ -106,7 +106,7 @@ def line(entry: Header | PassRecord) -> str:
 
 def write_records(path: Path, header: Header, records: Iterable[PassRecord]) -> None:
     """Write a whole log; `JsonLog` writes the same lines while passes run."""
-    path.write_text("".join(line(entry) for entry in (header, *records)), encoding="utf-8")
+    path.write_text(line(header) + "".join(map(line, records)), encoding="utf-8")
 
 
 def read_records(path: Path) -> tuple[Header, tuple[PassRecord, ...]]:
