@@ -7,11 +7,12 @@ import re
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, final
 
+import numpy as np
 import onnx_ir
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as runtime_state
@@ -20,7 +21,6 @@ from octavo.ir.errors import ModelError, OctavoError, UnknownName, UsageError, V
 from octavo.ir.model import weight_bytes
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     from octavo.ir.calibration import Batches, Feed
@@ -36,8 +36,8 @@ _LEVELS = {
 }
 _PROVIDERS = ["CPUExecutionProvider"]
 _QUIET = 4
-# A serialized copy of more weights than this goes through a file, which the runtime maps.
 _IN_MEMORY_BYTES = 256 << 20
+_SMALL_BYTES = 1 << 10
 _WRONG_FEED = (runtime_state.InvalidArgument, ValueError)
 _IN_KERNEL = "while running"
 _RUNTIME_ERRORS: tuple[type[Exception], ...] = (
@@ -56,6 +56,7 @@ class Session:
     handle: Any
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    keeps_alive: tuple[object, ...] = ()
 
     def run(self, feed: Feed, outputs: Sequence[str] = ()) -> dict[str, NDArray[np.generic]]:
         """The named outputs (none named: all) for one feed.
@@ -110,13 +111,7 @@ def make_session(
     `optimized_path` receives the graph after the runtime's own rewrites; `profile_prefix` turns
     profiling on. Raises ModelError with the runtime's message when the model does not load.
     """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _QUIET
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.graph_optimization_level = _LEVELS[optimization]
-    # Idle worker threads of one session would otherwise steal time from the next one.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options = _options(threads, optimization)
     for key, value in (config or {}).items():
         options.add_session_config_entry(key, value)
     if profile_prefix is not None:
@@ -125,6 +120,17 @@ def make_session(
     if optimized_path is not None:
         options.optimized_model_filepath = str(optimized_path)
     return _load(model, options, set(disabled_optimizers))
+
+
+def _options(threads: int, optimization: Optimization) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _QUIET
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = _LEVELS[optimization]
+    # Idle worker threads of one session would otherwise steal time from the next one.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
 
 
 def _load(model: Path | bytes, options: Any, disabled_optimizers: set[str]) -> Session:
@@ -199,14 +205,47 @@ class OrtEvaluator:
 
 
 def model_session(model: Model, threads: int, optimization: Optimization = "all") -> Session:
-    """A session of a model in memory, through a temporary file where the weights are large."""
+    """A session of a model in memory.
+
+    Weights are handed over as they lie in memory; where they are large the runtime would copy
+    them, and a temporary file that it maps takes less.
+    """
     if weight_bytes(model) <= _IN_MEMORY_BYTES:
-        data = onnx_ir.to_proto(model.ir).SerializeToString()
-        return make_session(data, threads=threads, optimization=optimization)
+        options = _options(threads, optimization)
+        content, arrays = _detached(model.ir.clone())
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
+        options.add_external_initializers(list(arrays), values)
+        session = _load(content, options, set())
+        return replace(session, keeps_alive=tuple(arrays.values()))
     with tempfile.TemporaryDirectory(prefix="octavo-") as folder:
         path = Path(folder) / "model.onnx"
         onnx_ir.save(model.ir, path, external_data="model.onnx.data")
         return make_session(path, threads=threads, optimization=optimization)
+
+
+def _detached(own: onnx_ir.Model) -> tuple[bytes, dict[str, NDArray[np.generic]]]:
+    """The serialized graph without its float32 weights, and these by name."""
+    arrays: dict[str, NDArray[np.generic]] = {}
+    for name, value in own.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or tensor.dtype != onnx_ir.DataType.FLOAT or tensor.nbytes < _SMALL_BYTES:
+            continue
+        arrays[name] = np.ascontiguousarray(tensor.numpy())
+        shape = onnx_ir.Shape(tensor.shape.numpy())
+        value.const_value = onnx_ir.ExternalTensor(
+            "memory", 0, tensor.nbytes, onnx_ir.DataType.FLOAT, shape=shape, name=name
+        )
+    return onnx_ir.to_proto(_embedded(own)).SerializeToString(), arrays
+
+
+def _embedded(own: onnx_ir.Model) -> onnx_ir.Model:
+    """The model with its other tensors in memory: nothing it still reads lies in a file."""
+    for graph in own.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, onnx_ir.ExternalTensor) and tensor.location != "memory":
+                value.const_value = onnx_ir.Tensor(tensor.numpy(), tensor.dtype, name=value.name)
+    return own
 
 
 def _with_outputs(model: Model, names: Sequence[str]) -> Model:
