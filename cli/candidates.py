@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, final
+from typing import TYPE_CHECKING, Any, Protocol, final
 
 from octavo.backends.bench import bench
 from octavo.backends.fidelity import compare, run_file
 from octavo.backends.ort_profile import measure_latencies
 from octavo.backends.ort_session import environment
+from octavo.ir.cache import Cache, cache_key
 from octavo.ir.cost import AnalyticCost, MeasuredCost
 from octavo.ir.facts import Latencies, Plan
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from octavo.backends.fidelity import Outputs
     from octavo.cli.compilation import Request
     from octavo.ir.artifact import Artifact, Bench
-    from octavo.ir.cache import Cache
     from octavo.ir.calibration import Feed
     from octavo.passes.base import PassContext
     from octavo.passes.pipeline import Compilation, Pipeline
@@ -76,17 +76,17 @@ class Measured:
             self.feed,
             threads=self.request.threads,
         )
-        self._store(key, {f: getattr(measured, f) for f in Latencies.__dataclass_fields__})
+        self._store(key, asdict(measured))
         return measured
 
     def speeds(self, candidates: Sequence[Candidate]) -> list[float]:
         """Speed of every candidate against the source; more than 1 is faster."""
         key = self._key("speeds", *candidates)
         if (stored := self._load(key)) is not None:
-            return [float(speed) for speed in stored["speeds"]]
+            return [float(speed) for speed in stored]
         rows = self._bench(candidates).rows
         speeds = [row.speed for row in rows[1:]]
-        self._store(key, {"speeds": speeds})
+        self._store(key, speeds)
         return speeds
 
     def final_bench(self, best: Candidate) -> Bench:
@@ -102,28 +102,21 @@ class Measured:
 
     def _bench(self, candidates: Sequence[Candidate]) -> Bench:
         files = [self.source, *(c.artifact.path for c in candidates)]
-        return bench(
-            files, self.feed, threads=self.request.threads, seconds_limit=_BENCH_SECONDS
-        )
+        return bench(files, self.feed, threads=self.request.threads, seconds_limit=_BENCH_SECONDS)
 
-    def _key(self, kind: str, *candidates: Candidate) -> tuple[str, ...]:
+    def _key(self, kind: str, *candidates: Candidate) -> str:
         shapes = {name: array.shape for name, array in self.feed.items()}
         files = [_sha256(path) for c in candidates for path in _files(c.artifact.path)]
-        return (
-            kind,
-            _sha256(self.source),
-            *files,
-            repr(sorted(shapes.items())),
-            environment(self.request.threads),
-        )
+        measured_with = (repr(sorted(shapes.items())), environment(self.request.threads))
+        return cache_key(kind, _sha256(self.source), *files, *measured_with)
 
-    def _load(self, key: tuple[str, ...]) -> dict[str, object] | None:
-        stored = self.cache.get(*key) if self.cache else None
+    def _load(self, key: str) -> Any:
+        stored = self.cache.get(key) if self.cache else None
         return json.loads(stored) if stored is not None else None
 
-    def _store(self, key: tuple[str, ...], value: dict[str, object]) -> None:
+    def _store(self, key: str, value: object) -> None:
         if self.cache:
-            self.cache.put(json.dumps(value).encode(), *key)
+            self.cache.put(key, json.dumps(value).encode())
 
 
 def fastest(

@@ -8,32 +8,57 @@ import numpy as np
 import onnx_ir
 
 from octavo.ir.fake_quant import constant
+from octavo.passes.rewrite import static_shape
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from octavo.ir.model import Model
-    from octavo.passes.base import PassContext
+    from octavo.passes.rewrite import Rewrite
 
 
-def pool_means(model: Model, ctx: PassContext) -> None:
+def pool_mean(node: onnx_ir.Node, rewrite: Rewrite) -> bool:
     """`ReduceMean` over both image axes, dimensions kept, is a `GlobalAveragePool`."""
-    for node in list(model.graph):
-        if node.op_type == "ReduceMean" and _is_image_mean(node):
-            _replace(model.graph, node, "GlobalAveragePool", [node.inputs[0]], {})
-            ctx.count("mean as pool")
+    if not _is_image_mean(node):
+        return False
+    substitute(node, "GlobalAveragePool", [node.inputs[0]], {})
+    return rewrite.done("mean-as-pool", node, "mean over the image as GlobalAveragePool")
 
 
-def split_transposed_convolutions(model: Model, ctx: PassContext) -> None:
+def split_transposed_convolution(node: onnx_ir.Node, rewrite: Rewrite) -> bool:
     """A `ConvTranspose` whose kernel is its stride is a 1x1 `Conv` and a `DepthToSpace`.
 
     Every output pixel reads one input pixel: `[C, O, b, b]` becomes `[O·b·b, C, 1, 1]`, exact.
     """
-    for node in list(model.graph):
-        block = _block(node) if node.op_type == "ConvTranspose" else None
-        if block is not None:
-            _split(model.graph, node, block)
-            ctx.count("transposed convolution split")
+    block = _block(node)
+    if block is None or node.graph is None:
+        return False
+    conv = _pointwise(node, block)
+    node.graph.insert_before(node, conv)
+    attributes = {"blocksize": block, "mode": "CRD"}
+    substitute(node, "DepthToSpace", [conv.outputs[0]], attributes)
+    return rewrite.done("transposed-convolution-split", node, "kernel = stride: pointwise Conv")
+
+
+def substitute(
+    node: onnx_ir.Node,
+    op_type: str,
+    inputs: Sequence[onnx_ir.Value | None],
+    attributes: dict[str, int | str],
+) -> None:
+    """Another operator computes the node's output, under its name and with its metadata."""
+    graph, old = node.graph, node.outputs[0]
+    assert graph is not None
+    new = onnx_ir.Value(name=old.name, shape=old.shape, type=old.type)
+    made = onnx_ir.node(
+        op_type,
+        inputs,
+        attributes=attributes,
+        outputs=[new],
+        name=node.name,
+        doc_string=node.doc_string,
+        metadata_props=dict(node.metadata_props),
+    )
+    onnx_ir.convenience.replace_nodes_and_values(graph, node, [node], [made], [old], [new])
 
 
 def _is_image_mean(node: onnx_ir.Node) -> bool:
@@ -51,64 +76,50 @@ def _is_image_mean(node: onnx_ir.Node) -> bool:
 
 
 def _block(node: onnx_ir.Node) -> int | None:
-    weight = node.inputs[1].const_value if node.inputs[1] is not None else None
-    if weight is None or len(weight.shape) != 4:
+    """The stride of a transposed convolution that is also its kernel size, else `None`."""
+    weight = static_shape(node.inputs[1])
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    constants = all(v is None or v.const_value is not None for v in (node.inputs[1], bias))
+    if not constants or weight is None or len(weight) != 4 or weight[2] != weight[3]:
         return None
-    block = int(np.asarray(weight.shape)[2])
-    get = node.attributes.get
-    expected = {
-        "strides": [block, block],
-        "pads": [0, 0, 0, 0],
+    if {"auto_pad", "output_shape"} & set(node.attributes) or node.attributes.get_int(
+        "group", 1
+    ) != 1:
+        return None
+    given = {
+        "strides": node.attributes.get_ints("strides", [1, 1]),
+        "pads": node.attributes.get_ints("pads", [0] * 4),
+        "dilations": node.attributes.get_ints("dilations", [1, 1]),
+        "output_padding": node.attributes.get_ints("output_padding", [0, 0]),
+    }
+    block = weight[2]
+    wanted = {
+        "strides": [block] * 2,
+        "pads": [0] * 4,
         "dilations": [1, 1],
         "output_padding": [0, 0],
     }
-    default = {"strides": [1, 1], "pads": [0] * 4, "dilations": [1, 1], "output_padding": [0, 0]}
-    for name, wanted in expected.items():
-        attribute = get(name)
-        if (list(attribute.as_ints()) if attribute is not None else default[name]) != wanted:
-            return None
-    plain = not {"auto_pad", "output_shape"} & set(node.attributes)
-    square = weight.shape[2] == weight.shape[3]
-    return block if plain and square and node.attributes.get_int("group", 1) == 1 else None
+    return block if all(list(given[k] or []) == wanted[k] for k in wanted) else None
 
 
-def _split(graph: onnx_ir.Graph, node: onnx_ir.Node, block: int) -> None:
-    weight = node.inputs[1]
+def _pointwise(node: onnx_ir.Node, block: int) -> onnx_ir.Node:
+    weight, graph = node.inputs[1], node.graph
     assert weight is not None
     assert weight.const_value is not None
+    assert graph is not None
     array = weight.const_value.numpy()
-    channels = array.shape[0]
-    pointwise = np.ascontiguousarray(array.reshape(channels, -1).T)[:, :, None, None]
-    inputs = [node.inputs[0], constant(graph, f"{weight.name}_pointwise", pointwise)]
-    if len(node.inputs) > 2 and node.inputs[2] is not None:
-        bias = node.inputs[2]
-        assert bias.const_value is not None
+    pointwise = np.ascontiguousarray(array.reshape(array.shape[0], -1).T)[:, :, None, None]
+    inputs = [node.inputs[0], constant(graph, f"{node.name}_pointwise_weight", pointwise)]
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is not None and bias.const_value is not None:
         repeated = np.repeat(bias.const_value.numpy(), block * block)
-        inputs.append(constant(graph, f"{bias.name}_pointwise", repeated))
-    conv = onnx_ir.node("Conv", inputs, name=f"{node.name}_pointwise")
-    conv.outputs[0].name = f"{node.outputs[0].name}_pointwise"
-    conv.outputs[0].type = node.outputs[0].type
-    graph.insert_before(node, conv)
-    attributes = {"blocksize": block, "mode": "CRD"}
-    _replace(graph, node, "DepthToSpace", [conv.outputs[0]], attributes)
-
-
-def _replace(
-    graph: onnx_ir.Graph,
-    node: onnx_ir.Node,
-    op_type: str,
-    inputs: Sequence[onnx_ir.Value | None],
-    attributes: dict[str, int | str],
-) -> None:
-    old = node.outputs[0]
-    new = onnx_ir.Value(name=old.name, shape=old.shape, type=old.type)
-    made = onnx_ir.node(
-        op_type,
+        inputs.append(constant(graph, f"{node.name}_pointwise_bias", repeated))
+    conv = onnx_ir.node(
+        "Conv",
         inputs,
-        attributes=attributes,
-        outputs=[new],
-        name=node.name,
-        doc_string=node.doc_string,
+        name=f"{node.name}_pointwise",
         metadata_props=dict(node.metadata_props),
     )
-    onnx_ir.convenience.replace_nodes_and_values(graph, node, [node], [made], [old], [new])
+    conv.outputs[0].name = f"{node.outputs[0].name}_pointwise"
+    conv.outputs[0].type = node.outputs[0].type
+    return conv

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 import types
 import typing
 from typing import TYPE_CHECKING, Literal, get_args, get_origin
@@ -58,7 +59,7 @@ def format_pass(pass_: Pass) -> str:
 
 def options_of(pass_type: type[Pass]) -> dict[str, tuple[str, str]]:
     """Option names with the text of their type and default."""
-    hints = typing.get_type_hints(pass_type)
+    hints = _hints(pass_type)
     return {
         _kebab(f.name): (_type_text(hints[f.name]), _format(f.default))
         for f in dataclasses.fields(_dataclass(pass_type))
@@ -66,7 +67,7 @@ def options_of(pass_type: type[Pass]) -> dict[str, tuple[str, str]]:
 
 
 def _build(pass_type: type[Pass], text: str) -> Pass:
-    hints = typing.get_type_hints(pass_type)
+    hints = _hints(pass_type)
     known = {_kebab(f.name): f.name for f in dataclasses.fields(_dataclass(pass_type))}
     values: dict[str, object] = {}
     position = 0
@@ -130,6 +131,13 @@ def _type_text(hint: object) -> str:
     if get_origin(hint) is tuple:
         return _type_text(get_args(hint)[0]) + ";…"
     return "none" if hint is type(None) else getattr(hint, "__name__", str(hint))
+
+
+def _hints(pass_type: type[Pass]) -> dict[str, object]:
+    """Types of the options alone; other annotations may name what only checkers import."""
+    annotations = {f.name: f.type for f in dataclasses.fields(_dataclass(pass_type))}
+    holder = types.SimpleNamespace(__annotations__=annotations)
+    return typing.get_type_hints(holder, globalns=vars(sys.modules[pass_type.__module__]))
 
 
 def _dataclass(pass_type: type[Pass]) -> typing.Any:

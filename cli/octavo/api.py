@@ -1,0 +1,64 @@
+"""The public functions behind `octavo.compile` and `octavo.load`; the CLI only wraps them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from octavo.backends.ort_session import Session
+    from octavo.cli.compilation import Compiled
+    from octavo.ir.cache import Cache
+
+
+def compile(  # noqa: A001  (the public verb; nothing here needs the builtin)
+    model: object,
+    *,
+    target: str = "ort-cpu",
+    calibration: object = None,
+    preprocess: str = "",
+    pipeline: str = "",
+    keep_float: Sequence[str] = (),
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    threads: int = 1,
+    seed: int = 0,
+    measure: bool = True,
+    cache: Cache | None = None,
+) -> Compiled:
+    """Compile a model and return it with its evidence; `.save("out/")` writes the artifact.
+
+    `model` is a path, a `Model` of `octavo.read`, or a torch program. `calibration` is a path
+    (`.npz`, folder), a mapping of arrays whose first axis counts samples, or an iterable of
+    feeds. `pipeline` is a preset or a pipeline text, empty for the preset the data allows.
+    `shapes` gives input shapes to measure latency with. Raises OctavoError.
+    """
+    from octavo.cli.calibration_data import load_calibration
+    from octavo.cli.compilation import Request, compile_model
+    from octavo.cli.preprocess import Preprocess
+    from octavo.ir.read import read
+
+    source = read(model)
+    batches = None
+    if calibration is not None:
+        how = Preprocess.parse(preprocess) if preprocess else None
+        batches = load_calibration(calibration, source, how)
+    request = Request(
+        target=target,
+        pipeline=pipeline,
+        keep_float=tuple(keep_float),
+        shapes=shapes,
+        threads=threads,
+        seed=seed,
+        measure=measure,
+    )
+    return compile_model(source, calibration=batches, request=request, cache=cache)
+
+
+def load(folder: str | Path, *, threads: int = 1) -> Session:
+    """A session of an artifact folder, with the session options the artifact relies on."""
+    from octavo.backends.ort_session import make_session
+    from octavo.ir.artifact_io import read_artifact
+
+    artifact = read_artifact(Path(folder)).artifact
+    return make_session(artifact.path, threads=threads, config=artifact.session_options)
