@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -53,9 +54,13 @@ def print_table(
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in cells:
         table.add_row(*map(Text, row))
+    if sys.stdout.isatty():
+        Console(highlight=False).print(table)
+        return
     # A pipe has no width: never cut what a program may want to read.
-    width = None if sys.stdout.isatty() else _WIDE
-    Console(width=width, highlight=False).print(table)
+    buffer = io.StringIO()
+    Console(file=buffer, width=_WIDE, highlight=False).print(table)
+    print("\n".join(line.rstrip() for line in buffer.getvalue().splitlines()))
 
 
 def printable(text: str) -> str:
