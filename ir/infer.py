@@ -8,7 +8,8 @@ import onnx_ir
 
 from octavo.ir.errors import ModelError
 from octavo.ir.model import PROVENANCE
-from octavo.ir.normalise import DOMAINS, is_small, lift_constants, unique_names
+from octavo.ir.normalise import DOMAINS, lift_constants, unique_names
+from octavo.ir.weightless import broken_rule, graphs, without_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 OPSET = 21
 _OLDEST_UNCONVERTED = 13
-_IR_VERSION = 10
+_OLD_COORDINATES = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
 # For operators of these domains ONNX has no inference, so what the file declares has to do.
 _UNINFERRED = frozenset(DOMAINS) - {"", "ai.onnx.ml"}
 
@@ -30,21 +31,60 @@ def convert(model: onnx_ir.Model, where: str) -> None:
     """
     from onnx import version_converter
 
-    if model.opset_imports[""] >= OPSET:
+    opset = model.opset_imports[""]
+    if opset >= OPSET or not _convertible(model, opset, where):
         return
-    proto = _without_weights(model)
+    proto = without_weights(model)
     try:
         converted = version_converter.convert_version(proto, OPSET)
     except (RuntimeError, version_converter.ConvertError) as error:
-        if model.opset_imports[""] >= _OLDEST_UNCONVERTED:
+        if opset >= _OLDEST_UNCONVERTED:
             return
-        message = f"the model cannot be raised from opset {model.opset_imports['']} to {OPSET}"
+        message = f"the model cannot be raised from opset {opset} to {OPSET}"
         hint = "export it with a newer opset"
         raise ModelError(message, where=where, why=str(error)[:300], hint=hint) from error
     _take_graph(model, onnx_ir.from_proto(converted))
+    if opset < 11:
+        _keep_coordinates(model)
     # Adapters insert Constant nodes, and nodes and values without names.
     lift_constants(model)
     unique_names(model)
+
+
+def _convertible(model: onnx_ir.Model, opset: int, where: str) -> bool:
+    """Whether ONNX's converter keeps the meaning of every operator (found by running both).
+
+    It knows nothing of the batch axis of Scan in opset 8, the flattening of Hardmax before 13,
+    the round-up of a shrinking Resize in opset 10 and the groups of GroupNormalization before 21.
+    """
+    for node in model.graph.all_nodes():
+        if node.domain:
+            continue
+        if node.op_type == "GroupNormalization":
+            return False
+        if (
+            (node.op_type == "Scan" and opset < 9)
+            or (node.op_type == "Hardmax" and opset < 13)
+            or (node.op_type == "Resize" and opset < 11 and _may_shrink(node))
+        ):
+            message = f"{node.op_type} of opset {opset} is not supported here"
+            hint = "export the model with opset 13 or newer"
+            raise ModelError(message, where=f"{where}, node '{node.name}'", hint=hint)
+    return True
+
+
+def _may_shrink(node: onnx_ir.Node) -> bool:
+    scales = node.inputs[1].const_value if node.inputs[1] is not None else None
+    nearest = node.attributes.get_string("mode", "nearest") == "nearest"
+    return nearest and (scales is None or bool((scales.numpy() < 1).any()))
+
+
+def _keep_coordinates(model: onnx_ir.Model) -> None:
+    """Say what Upsample and Resize of before opset 11 meant: the one rule they knew."""
+    for node in model.graph.all_nodes():
+        if node.op_type == "Resize" and not node.domain:
+            for name, value in _OLD_COORDINATES.items():
+                node.attributes[name] = onnx_ir.AttrString(name, value)
 
 
 def infer_shapes(model: onnx_ir.Model, where: str) -> None:
@@ -54,12 +94,9 @@ def infer_shapes(model: onnx_ir.Model, where: str) -> None:
     """
     import onnx
 
-    proto = _without_weights(model)
-    try:
-        onnx.checker.check_model(proto)
-    except onnx.checker.ValidationError as error:
-        why = str(error).split("\n==> Context")[0][:300]
-        raise ModelError("the model breaks ONNX's rules", where=where, why=why) from error
+    proto = without_weights(model)
+    if why := broken_rule(proto):
+        raise ModelError("the model breaks ONNX's rules", where=where, why=why)
     try:
         inferred = onnx.shape_inference.infer_shapes(
             proto, check_type=True, strict_mode=True, data_prop=True
@@ -70,38 +107,6 @@ def infer_shapes(model: onnx_ir.Model, where: str) -> None:
     for info in _value_infos(inferred.graph):
         if info.name in values:
             _merge(values[info.name], info)
-
-
-def _without_weights(model: onnx_ir.Model) -> onnx.ModelProto:
-    """The model as protobuf, with large initializers turned into graph inputs."""
-    graph = model.graph
-    large = [
-        (v, v.const_value)
-        for v in graph.initializers.values()
-        if v.const_value is not None and not is_small(v.const_value)
-    ]
-    for value, tensor in large:
-        shape = onnx_ir.Shape(tensor.shape.numpy())
-        value.const_value = onnx_ir.ExternalTensor(
-            "weights", 0, 0, tensor.dtype, shape=shape, name=value.name or ""
-        )
-    try:
-        proto = onnx_ir.to_proto(model)
-    finally:
-        for value, tensor in large:
-            value.const_value = tensor
-    proto.ir_version = max(_IR_VERSION, proto.ir_version)
-    kept = [t for t in proto.graph.initializer if not t.external_data]
-    for tensor in proto.graph.initializer:
-        if tensor.external_data:
-            kind = proto.graph.input.add(name=tensor.name).type.tensor_type
-            kind.elem_type = tensor.data_type
-            kind.shape.SetInParent()
-            for dim in tensor.dims:
-                kind.shape.dim.add(dim_value=dim)
-    del proto.graph.initializer[:]
-    proto.graph.initializer.extend(kept)
-    return proto
 
 
 def _take_graph(model: onnx_ir.Model, converted: onnx_ir.Model) -> None:
@@ -154,7 +159,7 @@ def _undeclared(proto: onnx.ModelProto) -> onnx.ModelProto:
 
     bare = onnx.ModelProto()
     bare.CopyFrom(proto)
-    for graph in _graphs(bare.graph):
+    for graph in graphs(bare.graph):
         known = {t.name for t in graph.initializer}
         known |= {name for n in graph.node if n.domain in _UNINFERRED for name in n.output}
         kept = [info for info in graph.value_info if info.name in known]
@@ -193,15 +198,7 @@ def _values(graph: onnx_ir.Graph) -> Iterator[onnx_ir.Value]:
         yield from node.outputs
 
 
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                yield from _graphs(inner)
-
-
 def _value_infos(graph: onnx.GraphProto) -> Iterator[onnx.ValueInfoProto]:
-    for inner in _graphs(graph):
+    for inner in graphs(graph):
         yield from inner.value_info
         yield from inner.output

@@ -13,6 +13,7 @@ import onnx_ir.passes.common as onnx_passes
 from octavo.ir.errors import ModelError, UnsafeModel
 from octavo.ir.model import PROVENANCE
 from octavo.ir.safety import MAX_NODES
+from octavo.ir.weightless import is_small
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from onnx_ir import TensorProtocol
 
 DOMAINS = ("", "ai.onnx.ml", "com.microsoft", "octavo")
-_SMALL_BYTES = 1024
 
 
 def normalise(model: onnx_ir.Model, where: str) -> None:
@@ -146,11 +146,6 @@ def hoist_weights(model: onnx_ir.Model) -> None:
             if value not in inputs:
                 del graph.initializers[name]
                 model.graph.initializers.add(value)
-
-
-def is_small(tensor: TensorProtocol) -> bool:
-    """Whether a tensor may hold shapes or axes, which inference has to see."""
-    return tensor.dtype == onnx_ir.DataType.STRING or tensor.nbytes <= _SMALL_BYTES
 
 
 def _check_inlined_size(model: onnx_ir.Model, where: str) -> None:

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 import onnx_ir
 
 from octavo.ir.errors import UsageError, VerificationFailed
-from octavo.ir.normalise import is_small
+from octavo.ir.weightless import broken_rule, is_small, without_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import BinaryIO
 
-    import onnx
     from onnx_ir import TensorProtocol
 
     from octavo.ir.model import Model
@@ -55,10 +54,9 @@ def write(model: Model, path: Path) -> None:
 def serialize(model: Model) -> bytes:
     """The bytes of the one file that holds the whole model; for models far below 2 GB."""
     own = model.ir.clone()
+    _prepare(own)
     _embed(own)
-    content: bytes = _proto(own).SerializeToString(deterministic=True)
-    _check(content)
-    return content
+    return _content(own)
 
 
 def ir_version(opset: int) -> int:
@@ -67,6 +65,7 @@ def ir_version(opset: int) -> int:
 
 
 def _write_into(own: onnx_ir.Model, path: Path) -> None:
+    _prepare(own)
     tensors = {id(t): t for t in _tensors(own)}.values()
     external = any(isinstance(t, onnx_ir.ExternalTensor) for t in tensors)
     limit = INLINE_BYTES_OF_EXTERNAL_SOURCE if external else INLINE_BYTES
@@ -74,14 +73,9 @@ def _write_into(own: onnx_ir.Model, path: Path) -> None:
         data = path.with_name(path.name + ".data")
         with data.open("wb") as file:
             _externalize(own, file, data.name)
-        content = _proto(own).SerializeToString(deterministic=True)
-        path.write_bytes(content)
-        _check(str(path))
     else:
         _embed(own)
-        content = _proto(own).SerializeToString(deterministic=True)
-        _check(content)
-        path.write_bytes(content)
+    path.write_bytes(_content(own))
 
 
 def _externalize(own: onnx_ir.Model, file: BinaryIO, location: str) -> None:
@@ -111,7 +105,7 @@ def _externalize(own: onnx_ir.Model, file: BinaryIO, location: str) -> None:
 
 
 def _copy(tensor: TensorProtocol, file: BinaryIO) -> None:
-    if isinstance(tensor, onnx_ir.TensorBase):
+    if isinstance(tensor, onnx_ir.ExternalTensor | onnx_ir.Tensor):
         tensor.tofile(file)  # without a copy in memory, for a file or an array
     else:
         file.write(tensor.tobytes())
@@ -132,8 +126,8 @@ def _embed(own: onnx_ir.Model, location: str = "") -> None:
                 )
 
 
-def _proto(own: onnx_ir.Model) -> onnx.ModelProto:
-    """The message, with the versions that fit, and without functions that nothing calls."""
+def _prepare(own: onnx_ir.Model) -> None:
+    """Set the versions that fit, drop functions that nothing calls, and check ONNX's rules."""
     called = [n.op_identifier() for n in own.graph.all_nodes()]
     for key in called:
         if key in own.functions:
@@ -144,18 +138,13 @@ def _proto(own: onnx_ir.Model) -> onnx.ModelProto:
         if domain in _VERSIONS:
             own.opset_imports.setdefault(domain, _VERSIONS[domain])
     own.ir_version = ir_version(own.opset_imports.get("", 0))
-    return onnx_ir.to_proto(own)
+    if why := broken_rule(without_weights(own)):
+        raise VerificationFailed("the model to be written breaks ONNX's rules", why=why)
 
 
-def _check(content: bytes | str) -> None:
-    import onnx
-
-    try:
-        onnx.checker.check_model(content)
-    except onnx.checker.ValidationError as error:
-        why = str(error).split("\n==> Context")[0][:300]
-        message = "the model to be written breaks ONNX's rules"
-        raise VerificationFailed(message, why=why) from error
+def _content(own: onnx_ir.Model) -> bytes:
+    content: bytes = onnx_ir.to_proto(own).SerializeToString(deterministic=True)
+    return content
 
 
 def _tensors(model: onnx_ir.Model) -> Iterator[TensorProtocol]:
