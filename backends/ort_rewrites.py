@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir
 
 from octavo.ir.fake_quant import constant, params_of
-from octavo.ir.quant import PerAxis, PerBlock, PerTensor, QuantParams, quantize
+from octavo.ir.quant import PerAxis, PerBlock, QuantParams, quantize
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

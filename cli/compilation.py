@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
-from octavo.backends.bench import bench, random_feed
-from octavo.backends.fidelity import Fidelity, compare, run_file
+from octavo.backends.bench import random_feed
+from octavo.backends.fidelity import Fidelity, compare
 from octavo.backends.ort_audit import audit
 from octavo.backends.ort_lowering import lower
 from octavo.backends.ort_session import OrtEvaluator
@@ -29,9 +29,9 @@ from octavo.ir.shapes import concrete_elements
 from octavo.ir.write import write
 from octavo.passes.base import PassContext
 from octavo.passes.pipeline import Pipeline
-from octavo.passes.presets import PRESETS, preset
-from octavo.passes.registry import PASSES
+from octavo.passes.presets import preset
 from octavo.passes.record import Header, PassRecord, write_records
+from octavo.passes.registry import PASSES
 
 if TYPE_CHECKING:
     from octavo.ir.calibration import Batches, Feed
@@ -181,7 +181,9 @@ class _Job:
     def run(self, cache: Cache | None) -> Compiled:
         before, after = self.pipeline.split("choose-kernels")
         base = before.run(self.model, self.ctx, self.instruments, after.passes)
-        ctx = replace(self.ctx, cost=AnalyticCost(self.ctx.target, concrete_elements(base.model, self.feed)))
+        ctx = replace(
+            self.ctx, cost=AnalyticCost(self.ctx.target, concrete_elements(base.model, self.feed))
+        )
         source = _source_file(self.model, ctx.workdir)
         probes = self._probe_feeds()
         measured = Measured(source, self.feed, probes, self.request, cache)
@@ -231,7 +233,7 @@ def _pipeline(request: Request, calibrated: bool) -> Pipeline:
     """The preset or text that was asked for, with the float patterns of the request."""
     default = "int8" if calibrated else "int8-dynamic"
     name = request.pipeline or default
-    is_text = name not in PRESETS and any(mark in name for mark in ",{") or name in PASSES
+    is_text = name in PASSES or any(mark in name for mark in ",{")
     pipeline = Pipeline.parse(name if is_text else preset(name))
     if not request.keep_float:
         return pipeline

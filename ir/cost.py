@@ -46,8 +46,9 @@ class AnalyticCost:
 
     def elements(self, value: onnx_ir.Value) -> int:
         """Elements of a value; a dimension that nothing tells counts as 1."""
-        if value.name in self.sizes:
-            return self.sizes[value.name]
+        known = self.sizes.get(value.name or "")
+        if known is not None:
+            return known
         return math.prod(d if isinstance(d, int) else 1 for d in value.shape or ())
 
     def macs(self, node: onnx_ir.Node) -> int:

@@ -9,7 +9,7 @@ All three are also local functions of standard operators, so that the model alwa
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import onnx_ir
@@ -20,12 +20,13 @@ from octavo.ir.quant import (
     PerTensor,
     QuantParams,
     QuantSpec,
-    QuantType,
     broadcast_params,
 )
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from octavo.ir.quant import QuantType
 
 DOMAIN = "octavo"
 OPTION = "octavo.option"
@@ -165,8 +166,8 @@ def parse_spec(text: str) -> QuantSpec:
         if axis is not None
         else PerBlock(int(block_axis), int(size))
     )
-    known: QuantType = dtype
-    return QuantSpec(known, granularity, bool(symmetric), int(used) if used else None)
+    used_bits = int(used) if used else None
+    return QuantSpec(cast("QuantType", dtype), granularity, bool(symmetric), used_bits)
 
 
 def _blocked_shape(spec: QuantSpec, shape: tuple[int, ...]) -> tuple[int, list[int]] | None:

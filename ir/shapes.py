@@ -23,8 +23,9 @@ def concrete_elements(model: Model, feed: Feed) -> Mapping[str, int]:
     """
     own = model.clone()
     for value in own.graph.inputs:
-        if value.name in feed:
-            value.shape = onnx_ir.Shape(feed[value.name].shape)
+        array = feed.get(value.name or "")
+        if array is not None:
+            value.shape = onnx_ir.Shape(array.shape)
     for node in own.graph:
         for value in node.outputs:
             value.shape = None

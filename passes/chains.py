@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
-import numpy as np
+from octavo.passes.rewrite import only_reader, scalar
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -58,7 +58,7 @@ def find_chains(model: Model, target: Target) -> Mapping[str, Chain]:
 
 def bias_add(node: onnx_ir.Node) -> onnx_ir.Node | None:
     """The Add of a constant vector that alone reads a MatMul's output."""
-    reader = _only_reader(node.outputs[0])
+    reader = only_reader(node.outputs[0])
     if reader is None or node.op_type != "MatMul" or reader.op_type != "Add" or reader.domain:
         return None
     other = next((v for v in reader.inputs if v is not node.outputs[0]), None)
@@ -78,19 +78,11 @@ def _chain(head: onnx_ir.Node, row: KernelRow, target: Target) -> Chain:
     operands = tuple(v for k in indices if (v := head.inputs[k]) is not None)
     if row.same_params:
         return Chain(head, row, tuple(members), operands)
-    activation = _only_reader(members[-1].outputs[0])
+    activation = only_reader(members[-1].outputs[0])
     bounds = _saturation(activation, target)
     if activation is None or bounds is None:
         return Chain(head, row, tuple(members), operands)
     return Chain(head, row, (*members, activation), operands, True, bounds)
-
-
-def _only_reader(value: onnx_ir.Value) -> onnx_ir.Node | None:
-    uses = value.uses()
-    if len(uses) != 1 or value.is_graph_output():
-        return None
-    reader = uses[0].node
-    return reader if reader.graph is value.producer().graph else None  # type: ignore[union-attr]
 
 
 def _saturation(node: onnx_ir.Node | None, target: Target) -> float | None:
@@ -99,14 +91,8 @@ def _saturation(node: onnx_ir.Node | None, target: Target) -> float | None:
         return None
     if node.op_type == "Relu":
         return float("inf")
-    low, high = (_scalar(node, k) for k in (1, 2))
-    return high if low == 0.0 and high is not None else None
-
-
-def _scalar(node: onnx_ir.Node, index: int) -> float | None:
-    value = node.inputs[index] if index < len(node.inputs) else None
-    if value is None:
-        return float("inf") if index == 2 else None
-    if value.const_value is None or value.const_value.size != 1:
+    if len(node.inputs) < 2 or scalar(node.inputs[1]) != 0.0:
         return None
-    return float(np.asarray(value.const_value.numpy()).reshape(()))
+    if len(node.inputs) < 3 or node.inputs[2] is None:
+        return float("inf")
+    return scalar(node.inputs[2])

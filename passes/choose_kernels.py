@@ -116,15 +116,12 @@ class ChooseKernels(Pass):
 
     def _seconds(self, node: onnx_ir.Node, ctx: PassContext) -> dict[Method, float]:
         allowed: list[Method] = ["float"]
-        if self.dynamic and (self.recurrent or node.op_type not in _RECURRENT):
-            allowed.append("dynamic")
         if self.weight_only:
-            allowed = [m for m in allowed if m != "dynamic"] + ["weight-only"]
-        seconds = {m: ctx.cost.seconds(node, m) for m in allowed}
-        supported = {m: ctx.target.support(node, m).row is not None for m in allowed}
-        return {
-            m: s for m, s in seconds.items() if s is not None and (m == "float" or supported[m])
-        }
+            allowed.append("weight-only")
+        elif self.dynamic and (self.recurrent or node.op_type not in _RECURRENT):
+            allowed.append("dynamic")
+        seconds = {method: ctx.cost.seconds(node, method) for method in allowed}
+        return {m: s for m, s in seconds.items() if s is not None}
 
     def _option(self, row: KernelRow, node: onnx_ir.Node, method: Method) -> Option:
         if method == "weight-only":

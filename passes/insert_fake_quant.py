@@ -11,7 +11,7 @@ import numpy as np
 from octavo.ir.facts import Fact, Placement, Plan, Range, Ranges
 from octavo.ir.fake_quant import DOMAIN, OPTION, declare_functions, fake_quant_node
 from octavo.ir.quant import PerBlock, QuantParams, params_for_range, params_for_weight
-from octavo.passes.base import Pass, Statistic
+from octavo.passes.base import Pass
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -157,7 +157,7 @@ def _insert_weight(
     spec = option.weight
     if isinstance(spec.granularity, PerBlock) and spec.granularity.size == 0:
         axis = spec.granularity.axis
-        spec = replace(spec, granularity=PerBlock(axis, int(weight.const_value.shape[axis])))
+        spec = replace(spec, granularity=PerBlock(axis, weight.const_value.shape.numpy()[axis]))
     key = (f"{weight.name} {option.method}", spec)
     if key not in done:
         params = params_for_weight(weight.const_value.numpy(), spec)

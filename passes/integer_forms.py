@@ -34,7 +34,7 @@ def split_transposed_convolution(node: onnx_ir.Node, rewrite: Rewrite) -> bool:
         return False
     conv = _pointwise(node, block)
     node.graph.insert_before(node, conv)
-    attributes = {"blocksize": block, "mode": "CRD"}
+    attributes: dict[str, int | str] = {"blocksize": block, "mode": "CRD"}
     substitute(node, "DepthToSpace", [conv.outputs[0]], attributes)
     return rewrite.done("transposed-convolution-split", node, "kernel = stride: pointwise Conv")
 
