@@ -15,7 +15,6 @@ from octavo.passes.spec import format_pass
 if TYPE_CHECKING:
     from octavo.ir.model import Model
     from octavo.passes.base import Pass, PassContext
-    from octavo.passes.pipeline import Pipeline
     from octavo.passes.record import Header
 
 _STATUS = Path("/proc/self/status")
@@ -26,12 +25,12 @@ _STATUS = Path("/proc/self/status")
 class Step:
     """One pass that is about to run, with everything that is needed to run it again.
 
-    `index` counts the passes of the whole pipeline, from 0; `rest` starts with `pass_`.
+    `index` counts the passes of the whole pipeline, from 0; `rest` is `pass_` and all after it.
     """
 
     index: int
     pass_: Pass
-    rest: Pipeline
+    rest: tuple[Pass, ...]
     before: Model
     ctx: PassContext
 

@@ -13,7 +13,7 @@ from octavo.passes.calibrate import Calibrate
 from octavo.passes.instruments import Step
 from octavo.passes.record import GraphDiff, PassRecord, structural_diff, summarise
 from octavo.passes.registry import PASSES
-from octavo.passes.spec import format_pass, parse_passes
+from octavo.passes.spec import format_pass, format_passes, parse_passes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,22 +49,19 @@ class Pipeline:
         return Pipeline(parse_passes(text, PASSES))
 
     def __str__(self) -> str:
-        return ",".join(format_pass(p) for p in self.passes)
+        return format_passes(self.passes)
 
     def split(self, name: str) -> tuple[Pipeline, Pipeline]:
         """The passes before the first one called `name`, and the rest."""
         names = [p.name for p in self.passes]
         at = names.index(name) if name in names else len(names)
-        return Pipeline(self.passes[:at], self.first), self.rest(at)
+        rest = Pipeline(self.passes[at:], self.first + at)
+        return Pipeline(self.passes[:at], self.first), rest
 
     def with_options(self, name: str, **options: object) -> Pipeline:
         """The same pipeline with other options for every pass called `name`."""
         passes = (replace(p, **options) if p.name == name else p for p in self.passes)  # type: ignore[type-var]
         return Pipeline(tuple(passes), self.first)
-
-    def rest(self, at: int) -> Pipeline:
-        """The pipeline from its pass number `at` on."""
-        return Pipeline(self.passes[at:], self.first + at)
 
     def check(self, available: Sequence[type[Fact]]) -> None:
         """Refuse a pipeline in which a pass misses a fact, naming the pass that produces it."""
@@ -89,8 +86,10 @@ class Pipeline:
         self.check(tuple(model.facts))
         records: list[PassRecord] = []
         for at, pass_ in enumerate(self.passes):
-            own = replace(ctx, recorder=Recorder(), statistics=self._requests(at, model, ctx, following))
-            step = Step(self.first + at, pass_, self.rest(at), model, own)
+            own = replace(
+                ctx, recorder=Recorder(), statistics=self._requests(at, model, ctx, following)
+            )
+            step = Step(self.first + at, pass_, (*self.passes[at:], *following), model, own)
             model, record = _run_step(step, instruments)
             records.append(record)
         return Compilation(model, tuple(records))

@@ -26,6 +26,7 @@ from octavo.ir.read import read
 from octavo.ir.versions import versions
 from octavo.ir.write import write
 from octavo.passes.instruments import Instrument
+from octavo.passes.spec import format_passes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -126,7 +127,7 @@ def _write(step: Step, error: Exception, folder: Path) -> None:
         write_probes(Probes(feeds, ()), folder / _CALIBRATION)
     replay = {
         "format": FORMAT,
-        "pipeline": str(step.rest),
+        "pipeline": format_passes(step.rest),
         "target": step.ctx.target.name,
         "seed": step.ctx.seed,
         "versions": versions(),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, get_args, get_origin
 from octavo.ir.errors import UnknownName, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from octavo.passes.base import Pass
 
@@ -55,6 +55,11 @@ def format_pass(pass_: Pass) -> str:
         if value != option.default:
             shown.append(f"{_kebab(option.name)}={_format(value)}")
     return pass_.name + ("{" + ",".join(shown) + "}" if shown else "")
+
+
+def format_passes(passes: Iterable[Pass]) -> str:
+    """The text that parses back to the passes."""
+    return ",".join(map(format_pass, passes))
 
 
 def options_of(pass_type: type[Pass]) -> dict[str, tuple[str, str]]:

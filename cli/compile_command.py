@@ -1,0 +1,150 @@
+"""`octavo compile`: a model file in, an artifact folder out, and a table that says what it is."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from octavo.cli.render import AsJson
+from octavo.ir.errors import VerificationFailed
+
+if TYPE_CHECKING:
+    from octavo.cli.compilation import Compiled, Request
+    from octavo.passes.instruments import Instrument
+
+_REPRODUCERS = Path("octavo-reproducers")
+
+Model = Annotated[Path, typer.Argument(help="An .onnx or .pt2 file.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")]
+Calibration = Annotated[
+    str,
+    typer.Option(
+        "--calibration",
+        "-c",
+        help="An .npz by input name, a folder of .npy, .npz or images, or module:function; "
+        "without it no static int8.",
+    ),
+]
+Preprocess = Annotated[
+    str, typer.Option(help="How images become an input, as size=224,mean=…,std=…,layout=nchw.")
+]
+Target = Annotated[str, typer.Option(help="What to compile for; see octavo targets list.")]
+Pipeline = Annotated[
+    str,
+    typer.Option(
+        "--pipeline",
+        "-p",
+        help="A preset or passes; the default is int8 with calibration data, else int8-dynamic.",
+    ),
+]
+KeepFloat = Annotated[
+    list[str] | None,
+    typer.Option(help="Nodes to leave alone: a name, a glob, re:… or type:Conv; repeatable."),
+]
+Shape = Annotated[
+    list[str] | None,
+    typer.Option(help="Input shape to measure with, as NAME=1x3x224x224; repeatable."),
+]
+Threads = Annotated[int, typer.Option(min=1, help="Threads that latency is measured with.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+Measure = Annotated[
+    bool, typer.Option("--measure/--no-measure", help="Decide by measured or estimated latency.")
+]
+RecurrentError = Annotated[
+    float, typer.Option(min=0.0, help="Output error that dynamic LSTM kernels may add.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace the artifact in the folder.")]
+DumpIr = Annotated[
+    Path | None, typer.Option(help="Write the model after every pass there, as ONNX text.")
+]
+UseCache = Annotated[
+    bool, typer.Option("--cache/--no-cache", help="Keep measurements in ~/.cache/octavo.")
+]
+
+
+def compile_(
+    model: Model,
+    output: Output,
+    calibration: Calibration = "",
+    preprocess: Preprocess = "",
+    target: Target = "ort-cpu",
+    pipeline: Pipeline = "",
+    keep_float: KeepFloat = None,
+    shape: Shape = None,
+    threads: Threads = 1,
+    seed: Seed = 0,
+    measure: Measure = True,
+    max_recurrent_error: RecurrentError = 0.02,
+    force: Force = False,
+    dump_ir: DumpIr = None,
+    cache: UseCache = True,
+    as_json: AsJson = False,
+) -> None:
+    """Compile a model: smaller, faster, and with the evidence beside it.
+
+    Writes model.onnx, manifest.json, plan.json, passes.jsonl, audit.json and probes.npz.
+    """
+    from octavo.cli.bench_command import parse_shapes
+    from octavo.cli.compilation import Request
+    from octavo.cli.compile_report import show
+    from octavo.ir.output_folder import open_output
+
+    request = Request(
+        target=target,
+        pipeline=pipeline,
+        keep_float=tuple(keep_float or ()),
+        shapes=parse_shapes(shape or ()) or None,
+        threads=threads,
+        seed=seed,
+        measure=measure,
+        max_recurrent_error=max_recurrent_error,
+    )
+    with open_output(output, force=force, source=model) as folder:
+        compiled = _compile(model, calibration, preprocess, request, dump_ir, cache)
+        manifest = compiled.write(folder)
+    show(compiled, manifest, output, as_json)
+    if not compiled.audit.ok:
+        message = "the audit found nodes that do not run as planned; the artifact is written"
+        hint = f"octavo inspect {output} names them"
+        raise VerificationFailed(message, where=str(output), hint=hint)
+
+
+def _compile(
+    path: Path,
+    calibration: str,
+    preprocess: str,
+    request: Request,
+    dump_ir: Path | None,
+    cache: bool,
+) -> Compiled:
+    from octavo.cli.calibration_data import load_calibration
+    from octavo.cli.compilation import compile_model
+    from octavo.cli.preprocess import Preprocess
+    from octavo.cli.progress import progress_bars
+    from octavo.ir.cache import Cache, default_folder
+    from octavo.ir.read import read
+
+    with progress_bars() as progress, tempfile.TemporaryDirectory(prefix="octavo-") as workdir:
+        source = read(path)
+        how = Preprocess.parse(preprocess) if preprocess else None
+        batches = load_calibration(calibration, source, how) if calibration else None
+        return compile_model(
+            source,
+            calibration=batches,
+            request=request,
+            cache=Cache(default_folder()) if cache else None,
+            workdir=Path(workdir),
+            instruments=_instruments(dump_ir),
+            progress=progress,
+        )
+
+
+def _instruments(dump_ir: Path | None) -> list[Instrument]:
+    from octavo.passes.instruments import DumpText, PeakMemory
+    from octavo.passes.reproducer import Reproducer
+
+    dumps = [DumpText(dump_ir)] if dump_ir is not None else []
+    return [PeakMemory(), Reproducer(_REPRODUCERS), *dumps]

@@ -1,0 +1,87 @@
+"""What `octavo compile` says at the end: size, speed, fidelity, kernels, and what it assumed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from octavo.cli.render import format_bytes, format_seconds, print_json, print_message, print_table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from octavo.cli.compilation import Compiled
+    from octavo.ir.artifact_io import Manifest
+
+
+def show(compiled: Compiled, manifest: Manifest, output: Path, as_json: bool) -> None:
+    """Print the result of a compilation."""
+    if as_json:
+        print_json(_to_json(compiled, manifest))
+        return
+    source, artifact = compiled.bench.rows[0], compiled.bench.rows[-1]
+    files = ((manifest.source.name, source), (f"{output}/model.onnx", artifact))
+    rows = [
+        (
+            name,
+            format_bytes(row.bytes),
+            f"{100 * row.bytes / source.bytes:.1f} %",
+            format_seconds(row.median_seconds),
+            f"{row.speed:.2f}x",
+        )
+        for name, row in files
+    ]
+    print_table(("file", "size", "of source", "median", "speed"), rows)
+    print_table(("nodes", "option", "weights", "in source"), _option_rows(compiled))
+    for line in _lines(compiled, manifest, output):
+        print_message(line)
+
+
+def _to_json(compiled: Compiled, manifest: Manifest) -> dict[str, object]:
+    return {
+        "manifest": manifest.to_json(),
+        "bench": compiled.bench.to_json(),
+        "fidelity": compiled.fidelity.to_json(),
+        "audit": compiled.audit.to_json(),
+        "notes": compiled.notes,
+    }
+
+
+def _option_rows(compiled: Compiled) -> list[tuple[object, ...]]:
+    """Options with the nodes they got, the most frequent first."""
+    nodes: Counter[str] = Counter()
+    now: Counter[str] = Counter()
+    before: Counter[str] = Counter()
+    for node in compiled.artifact.planned:
+        nodes[node.option] += 1
+        now[node.option] += node.weight_bytes
+        before[node.option] += node.source_bytes
+    return [
+        (count, option, format_bytes(now[option]), format_bytes(before[option]))
+        for option, count in nodes.most_common()
+    ]
+
+
+def _lines(compiled: Compiled, manifest: Manifest, output: Path) -> Iterator[str]:
+    fidelity, audit, timing = compiled.fidelity, compiled.audit, compiled.bench
+    same = f", same arg-max in {100 * fidelity.agreement:.1f} %" if fidelity.agreement else ""
+    yield (
+        f"outputs:     relative error {fidelity.relative_error:.4f}, cosine {fidelity.cosine:.5f}"
+        f"{same}, over {fidelity.samples} feed(s)"
+    )
+    planned = sum(row.ok for row in audit.rows)
+    yield f"audit:       {planned} of {len(audit.rows)} nodes run as planned"
+    yield from (f"             {finding}" for finding in audit.findings)
+    if manifest.calibration_samples:
+        yield f"calibration: {manifest.calibration_samples} samples"
+    else:
+        yield "calibration: none given (--calibration), so activations have no static parameters"
+    yield f"pipeline:    {manifest.pipeline}"
+    shapes = ", ".join(f"{name} {shape}" for name, shape in timing.shapes.items())
+    yield f"measured:    {shapes}; {timing.rounds} rounds; {timing.environment}"
+    yield f"seed:        {manifest.seed}"
+    yield from (f"note:        {note}" for note in compiled.notes)
+    if timing.rows[-1].speed < 1:
+        yield "note:        the artifact is slower than its source here"
+    yield f"next:        octavo inspect {output} lists every layer with its kernel and reason"
