@@ -40,9 +40,10 @@ def bench(
     seconds: Annotated[float, typer.Option(min=0.0, help="Seconds at most, all rounds.")] = 10.0,
     as_json: AsJson = False,
 ) -> None:
-    """Time models in turn: warm-up, rounds that run every file once, medians.
+    """Time models against each other.
 
-    Stops early when every speed is known to 1 %.
+    Warm-up, then rounds that run every file once; medians are shown. Stops early when every
+    speed is known to 1 %.
     """
     from octavo.backends.bench import bench as measure
 

@@ -83,7 +83,7 @@ def compile_(
     cache: UseCache = True,
     as_json: AsJson = False,
 ) -> None:
-    """Compile a model: smaller, faster, and with the evidence beside it.
+    """Compile a model, with the evidence beside it.
 
     Writes model.onnx, manifest.json, plan.json, passes.jsonl, audit.json and probes.npz.
     """

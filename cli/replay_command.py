@@ -25,7 +25,10 @@ def replay(
         Path | None, typer.Option(help="Write every changed model there, as ONNX text.")
     ] = None,
 ) -> None:
-    """Run the passes of a reproducer folder; the error shows again, unless it is gone."""
+    """Run a pass that broke again.
+
+    The error of the reproducer folder shows again, unless it is gone.
+    """
     from octavo.ir.versions import versions
     from octavo.passes.instruments import DumpText
     from octavo.passes.pipeline import Pipeline

@@ -25,7 +25,7 @@ def run(
     threads: Annotated[int, typer.Option(min=1, help="Threads of the runtime.")] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Run a model or artifact on the inputs of an .npz file and write its outputs."""
+    """Run a model or artifact on one feed."""
     arrays = read_feed(feed)
     session = open_session(model, threads)
     _check_names(session, arrays, feed)

@@ -28,8 +28,9 @@ def verify(
     ] = 0.01,
     as_json: AsJson = False,
 ) -> None:
-    """Check hashes, replay the probes and audit the kernels again (exit code 4 on failure).
+    """Check that an artifact still holds what it promises.
 
+    Compares hashes, replays the probes and audits the kernels again; exit code 4 on failure.
     Outputs on an integer grid may differ by two steps, other floats by --tolerance, integers
     not at all.
     """
