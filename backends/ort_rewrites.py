@@ -59,18 +59,27 @@ def store_constant(graph: onnx_ir.Graph, fake: onnx_ir.Node) -> None:
 
 
 def integer_matmul(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
-    """`DynamicQuantizeLinear → MatMulInteger → Cast → Mul(scales)`; readers share the first."""
+    """`DynamicQuantizeLinear → MatMulInteger → Cast → Mul(scales)`; readers share the first.
+
+    A Gemm becomes that and an Add of its bias, its weight transposed here and not in the graph.
+    """
     dynamic, fake = _producer(node, 0), _producer(node, 1)
     value, weight, params = _input(dynamic, 0), _input(fake, 0), params_of(fake)
     codes, scale, zero = _dynamic_codes(graph, dynamic, value)
     columns = constant(graph, f"{weight.name}_scale", params.scale)
+    transposed = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
+    weight_codes = (_transposed_codes if transposed else _codes)(graph, weight, params)
     out = node.outputs[0].name or ""
-    product = _insert(
-        graph, node, "MatMulInteger", [codes, _codes(graph, weight, params), zero], f"{out}_i32"
-    )
+    product = _insert(graph, node, "MatMulInteger", [codes, weight_codes, zero], f"{out}_i32")
     real = _insert(graph, node, "Cast", [product.outputs[0]], f"{out}_f32", {"to": 1})
     scales = _insert(graph, node, "Mul", [scale, columns], f"{out}_scales")
-    _replace(graph, node, "Mul", [real.outputs[0], scales.outputs[0]])
+    factors = [real.outputs[0], scales.outputs[0]]
+    bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
+    if bias is None:
+        _replace(graph, node, "Mul", factors)
+    else:
+        scaled = _insert(graph, node, "Mul", factors, f"{out}_scaled")
+        _replace(graph, node, "Add", [scaled.outputs[0], bias])
 
 
 def blocked_matmul(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
@@ -188,6 +197,14 @@ def _codes(graph: onnx_ir.Graph, value: onnx_ir.Value, params: QuantParams) -> o
         return graph.initializers[name]
     codes = quantize(value.const_value.numpy(), params)
     return constant(graph, name, codes.astype(params.spec.onnx_type.numpy()))
+
+
+def _transposed_codes(
+    graph: onnx_ir.Graph, value: onnx_ir.Value, params: QuantParams
+) -> onnx_ir.Value:
+    assert value.const_value is not None
+    codes = quantize(value.const_value.numpy(), params).astype(params.spec.onnx_type.numpy())
+    return constant(graph, f"{value.name}_qt", np.ascontiguousarray(codes.T))
 
 
 def _gather_codes(

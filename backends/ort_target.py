@@ -108,17 +108,20 @@ def _movement(op_type: str, *conditions: Condition, kernel: str = "") -> KernelR
     )  # fmt: skip
 
 
-def _gemm(transposed: int) -> KernelRow:
-    conditions = (
+def _gemm_conditions(transposed: int) -> tuple[Condition, ...]:
+    return (
         _float_constant(1),
         _attribute("transB", 0, transposed),
         _attribute("transA", 0, 0),
         _attribute("alpha", 1.0, 1.0),
         _attribute("beta", 1.0, 1.0),
     )
+
+
+def _gemm(transposed: int) -> KernelRow:
     return KernelRow(
         "Gemm", "static", (f"{MICROSOFT}::QGemm",), weights=(1,), weight_axis=1 - transposed,
-        bias=2, output="either", conditions=conditions, speed=0.32,
+        bias=2, output="either", conditions=_gemm_conditions(transposed), speed=0.32,
     )  # fmt: skip
 
 
@@ -176,6 +179,14 @@ _DYNAMIC = (
     KernelRow(
         "MatMul", "dynamic", _DYNAMIC_MATMUL, weights=(1,), weight_axis=1, output="float",
         conditions=(_float_constant(1), _rank(1, 2)), speed=0.33,
+    ),
+    *(
+        KernelRow(
+            "Gemm", "dynamic", _DYNAMIC_MATMUL, (0,), weights=(1,), weight_axis=1 - transposed,
+            bias=2, output="float", conditions=_gemm_conditions(transposed), speed=0.33,
+            note="as MatMul and Add",
+        )
+        for transposed in (0, 1)
     ),
     KernelRow(
         "LSTM", "dynamic", (f"{MICROSOFT}::DynamicQuantizeLSTM",), weights=(1, 2), weight_axis=1,

@@ -39,7 +39,11 @@ class AnalyticCost:
         if method in ("float", "storage"):
             return self._float_seconds(node)
         row = self.target.support(node, method).row
-        return None if row is None else self._float_seconds(node) * row.speed
+        if row is None:
+            return None
+        seconds = self._float_seconds(node) * row.speed
+        operand = node.inputs[0] if method == "dynamic" else None
+        return seconds + (0.0 if operand is None else self.boundary_seconds(operand))
 
     def boundary_seconds(self, value: onnx_ir.Value) -> float:
         return _CALL_SECONDS + 4 * self.elements(value) / _BYTES_PER_SECOND

@@ -91,7 +91,9 @@ def fake_quant_node(
     shape = _dims(value)
     blocked = _blocked_shape(params.spec, shape)
     if blocked is None:
-        scale, zero = broadcast_params(params, shape)
+        whole = isinstance(params.spec.granularity, PerBlock)
+        numbers = params.scale, params.zero_point
+        scale, zero = numbers if whole else broadcast_params(params, shape)
         extra, op_type = [], "FakeQuant"
     else:
         axis = blocked[0]

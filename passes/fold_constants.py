@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir.passes.common as onnx_passes
 
-from octavo.ir.fake_quant import DOMAIN
+from octavo.ir.subgraphs import subgraphs
 from octavo.passes.rewrite import constant, owned
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import onnx_ir
+
+    from octavo.passes.rewrite import Rewrite
 
 # A folded constant larger than this would cost more in the file than its node costs at run time.
 LIMIT_ENTRIES = 65536
@@ -33,21 +35,39 @@ _NO_LARGER = frozenset((
     "ReduceSum", "ScatterElements", "ScatterND", "Shape", "Size", "Slice", "Trilu",
 ))
 # fmt: on
+_REARRANGING = frozenset(("Concat", "Slice", "Split", "Squeeze", "Unsqueeze"))
 _PRODUCTS = frozenset(("Gather", "GatherND", "MatMul"))
 
 
-def tidy(model: onnx_ir.Model, *, merge_duplicates: bool) -> None:
-    """Lift constants, inline functions, fold what is constant, drop what is unused."""
+def tidy(rewrite: Rewrite, *, merge_duplicates: bool) -> None:
+    """Fold what is constant, merge what is computed twice, drop what is unused."""
     from onnxscript.optimizer import fold_constants
 
-    onnx_passes.InlinePass(criteria=lambda function: function.domain != DOMAIN)(model)
+    model = rewrite.model.ir
+    branching = [node for node in model.graph.all_nodes() if _bodies(node)]
+    try:
+        # The reference evaluator warns on overflow where the runtime would compute it silently.
+        with np.errstate(all="ignore"):
+            fold_constants(model, onnx_shape_inference=True, should_fold=_worth_folding)
+    except RuntimeError as error:
+        rewrite.unfolded = str(error)
     onnx_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    # The reference evaluator warns on overflow where the runtime would compute it silently.
-    with np.errstate(all="ignore"):
-        fold_constants(model, onnx_shape_inference=True, should_fold=_worth_folding)
     if merge_duplicates:
         onnx_passes.CommonSubexpressionEliminationPass()(model)
+    _forget_removed(branching)
     onnx_passes.RemoveUnusedNodesPass()(model)
+
+
+def _bodies(node: onnx_ir.Node) -> list[onnx_ir.Graph]:
+    return [graph for attribute in node.attributes.values() for graph in subgraphs(attribute)]
+
+
+def _forget_removed(branching: Sequence[onnx_ir.Node]) -> None:
+    """Nodes in the bodies of removed nodes would count as readers of outer values for ever."""
+    for body in (body for node in branching if node.graph is None for body in _bodies(node)):
+        for reader in body.all_nodes():
+            for index in range(len(reader.inputs)):
+                reader.replace_input_with(index, None)
 
 
 def _worth_folding(node: onnx_ir.Node) -> bool:
@@ -57,10 +77,23 @@ def _worth_folding(node: onnx_ir.Node) -> bool:
         return False
     if node.op_type in _VIEWS and node.inputs[0] is not None and owned(node.inputs[0]):
         return True
+    if _only_rearranged(node):
+        return True
     if max(tensor.size for tensor in sources) > LIMIT_ENTRIES:
         return False
     entries = _entries(node, [tuple(tensor.shape.numpy()) for tensor in sources])
     return entries is not None and entries <= LIMIT_ENTRIES
+
+
+def _only_rearranged(node: onnx_ir.Node) -> bool:
+    """Whether weights are cut and joined again, as exporters reorder the gates of an LSTM."""
+    if node.op_type not in _REARRANGING or any(
+        v is None or v.const_value is None for v in node.inputs
+    ):
+        return False
+    large = [v for v in node.inputs if v is not None and v.const_value and v.const_value.size > 16]
+    readers = [use.node for value in large for use in value.uses()]
+    return all(reader.op_type in _REARRANGING for reader in readers)
 
 
 def _entries(node: onnx_ir.Node, shapes: Sequence[tuple[int, ...]]) -> int | None:
@@ -82,7 +115,7 @@ def _entries(node: onnx_ir.Node, shapes: Sequence[tuple[int, ...]]) -> int | Non
         case "Tile":
             return int(math.prod((*shapes[0], *numbers[1])))
         case "Range" if len(numbers) == 3 and numbers[2][0]:
-            return math.ceil(abs((numbers[1][0] - numbers[0][0]) / numbers[2][0]))
+            return int(1 + abs((numbers[1][0] - numbers[0][0]) / numbers[2][0]))
     return None
 
 
