@@ -7,6 +7,7 @@ import io
 import warnings
 from typing import TYPE_CHECKING
 
+import onnx_ir
 import torch
 
 if TYPE_CHECKING:
@@ -47,3 +48,34 @@ def to_onnx(
             do_constant_folding=not keep_norms,
             training=mode.PRESERVE if keep_norms else mode.EVAL,
         )
+
+
+def to_onnx_external(
+    network: torch.nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    output: str,
+    path: Path,
+    axes: tuple[str, ...],
+) -> None:
+    """Export a big network through torch.export, its weights in `<path>.data`.
+
+    Arguments are those of `to_onnx`. Tied weights stay one tensor.
+    """
+    dynamic = dict(enumerate(axes))
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            network.eval(),
+            tuple(inputs.values()),
+            input_names=list(inputs),
+            output_names=[output],
+            dynamic_shapes=tuple(dynamic for _ in inputs),
+            opset_version=18,
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    for node in program.model.graph.all_nodes():
+        # What torch notes about the machine and the source text would grow the file threefold.
+        node.metadata_props.clear()
+    onnx_ir.save(program.model, path, external_data=f"{path.name}.data")
