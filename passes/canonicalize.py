@@ -11,6 +11,8 @@ from octavo.passes.find_layer_norms import layer_norms
 from octavo.passes.fold_constants import tidy
 from octavo.passes.fold_norms import fold_affine, fold_batchnorm
 from octavo.passes.fold_pads import fold_pad
+from octavo.passes.fuse_gelu import fuse_gelu
+from octavo.passes.integer_forms import pool_mean, split_transposed_convolution
 from octavo.passes.merge_activations import merge_activation
 from octavo.passes.recognize_quantized import is_quantized, quantized_values
 from octavo.passes.remove_noops import (
@@ -44,6 +46,9 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
     "Max": (merge_activation,),
     "Min": (merge_activation,),
     "Pad": (fold_pad,),
+    "Erf": (fuse_gelu,),
+    "ReduceMean": (pool_mean,),
+    "ConvTranspose": (split_transposed_convolution,),
     "Identity": (remove_identity,),
     "Dropout": (remove_identity,),
     "Cast": (remove_cast,),
@@ -70,20 +75,27 @@ class Canonicalize(Pass):
     produces: ClassVar[tuple[type[Fact], ...]] = (Norms, QuantizedInput)
 
     def run(self, model: Model, ctx: PassContext) -> Model:
-        before = model.graph.num_nodes()
         known, quantized = model.find(Norms), _quantized(model, ctx)
-        tidy(model.ir, merge_duplicates=quantized is None)
         rewrite = Rewrite(model, ctx, norms=dict(known.by_value) if known is not None else {})
-        while _sweep(rewrite):
-            tidy(model.ir, merge_duplicates=quantized is None)
+        before, changed = _size(model), True
+        while changed:
+            size = _size(model)
+            tidy(rewrite, merge_duplicates=quantized is None)
+            changed = _sweep(rewrite) or size != _size(model)
         rewrite.report()
-        ctx.count("nodes-removed", before - model.graph.num_nodes())
+        ctx.count("nodes-removed", before[0] - size[0])
         result = model.with_fact(Norms({**rewrite.norms, **layer_norms(model)}))
         return result if quantized is None else result.with_fact(quantized)
 
 
+def _size(model: Model) -> tuple[int, int]:
+    """Nodes and constants."""
+    return sum(1 for _ in model.graph.all_nodes()), len(model.graph.initializers)
+
+
 def _sweep(rewrite: Rewrite) -> bool:
     """Try every rule on every node once."""
+    rewrite.missed.clear()
     changed = False
     for node in list(rewrite.model.graph.all_nodes()):
         for rule in RULES.get(node.op_type, ()):

@@ -106,7 +106,7 @@ def _lossless(origin: onnx_ir.DataType, middle: onnx_ir.DataType, to: onnx_ir.Da
     if not {origin, middle, to} <= _NUMBERS:
         return False
     a, b, c = origin.numpy(), middle.numpy(), to.numpy()
-    if a.kind in "iu" and b.kind == "f":  # out of range, integers wrap and floats do not
+    if a.kind in ("i", "u") and b.kind == "f":  # out of range, integers wrap and floats do not
         return a.itemsize < 4 and c.kind == "f" and c.itemsize >= 4
     return bool(np.can_cast(a, b, "safe"))
 
@@ -119,8 +119,7 @@ def _keeps_shape(value: onnx_ir.Value, shape: tuple[int, ...]) -> bool:
 
 
 def _perm(node: onnx_ir.Node) -> list[int] | None:
-    given = node.attributes.get_ints("perm")
-    if given is not None:
+    if given := node.attributes.get_ints("perm", ()):
         return list(given)
     source = node.inputs[0]
     rank = len(source.shape) if source is not None and source.shape is not None else 0

@@ -27,7 +27,7 @@ class Rewrite:
 
     A rule looks at a node and returns whether it changed something; the node may then be gone.
     `norms` collects normalization parameters by the name of the value they describe, `missed`
-    the last reason why a node was left alone.
+    why a node was left alone in the last round, `unfolded` why constants could not be folded.
     """
 
     model: Model
@@ -35,6 +35,7 @@ class Rewrite:
     norms: dict[str, Norm] = field(default_factory=dict)
     missed: dict[str, str] = field(default_factory=dict)
     names: set[str] = field(default_factory=set)
+    unfolded: str = ""
 
     def __post_init__(self) -> None:
         graph = self.model.graph
@@ -46,7 +47,6 @@ class Rewrite:
         """Report an edit; returns true so that a rule can end with it."""
         self.ctx.count(rule)
         self.ctx.remark("applied", node.name or "", text)
-        self.missed.pop(node.name or "", None)
         return True
 
     def miss(self, node: onnx_ir.Node, reason: str) -> bool:
@@ -111,6 +111,8 @@ class Rewrite:
 
     def report(self) -> None:
         """Remark on every node that was left alone and is still there."""
+        if self.unfolded:
+            self.ctx.remark("missed", self.model.source.name, self.unfolded)
         for node in self.model.graph.all_nodes():
             if reason := self.missed.get(node.name or ""):
                 self.ctx.remark("missed", node.name or "", reason)
