@@ -46,14 +46,18 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
     "Max": (merge_activation,),
     "Min": (merge_activation,),
     "Pad": (fold_pad,),
-    "Erf": (fuse_gelu,),
-    "ReduceMean": (pool_mean,),
-    "ConvTranspose": (split_transposed_convolution,),
     "Identity": (remove_identity,),
     "Dropout": (remove_identity,),
     "Cast": (remove_cast,),
     "Transpose": (merge_transpose,),
     "Reshape": (merge_reshape,),
+}
+
+# Tried where no rule applies: they hide from the rules what could have been folded.
+FORMS: Mapping[str, tuple[Rule, ...]] = {
+    "Erf": (fuse_gelu,),
+    "ReduceMean": (pool_mean,),
+    "ConvTranspose": (split_transposed_convolution,),
 }
 
 
@@ -80,8 +84,10 @@ class Canonicalize(Pass):
         before, changed = _size(model), True
         while changed:
             size = _size(model)
+            rewrite.missed.clear()
             tidy(rewrite, merge_duplicates=quantized is None)
-            changed = _sweep(rewrite) or size != _size(model)
+            settled = not _sweep(rewrite, RULES) and size == _size(model)
+            changed = not settled or _sweep(rewrite, FORMS)
         rewrite.report()
         ctx.count("nodes-removed", before[0] - size[0])
         result = model.with_fact(Norms({**rewrite.norms, **layer_norms(model)}))
@@ -93,14 +99,13 @@ def _size(model: Model) -> tuple[int, int]:
     return sum(1 for _ in model.graph.all_nodes()), len(model.graph.initializers)
 
 
-def _sweep(rewrite: Rewrite) -> bool:
+def _sweep(rewrite: Rewrite, rules: Mapping[str, tuple[Rule, ...]]) -> bool:
     """Try every rule on every node once."""
-    rewrite.missed.clear()
     changed = False
     for node in list(rewrite.model.graph.all_nodes()):
-        for rule in RULES.get(node.op_type, ()):
+        for rule in rules.get(node.op_type, ()):
             # An earlier rule may have removed the node or made it another operator.
-            if node.graph is not None and is_op(node, *RULES):
+            if node.graph is not None and is_op(node, *rules):
                 changed |= rule(node, rewrite)
     return changed
 
