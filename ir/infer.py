@@ -32,8 +32,9 @@ def convert(model: onnx_ir.Model, where: str) -> None:
     from onnx import version_converter
 
     opset = model.opset_imports[""]
-    if opset >= OPSET or not _convertible(model, opset, where):
+    if opset >= OPSET:
         return
+    _refuse_changed_meaning(model, opset, where)
     proto = without_weights(model)
     try:
         converted = version_converter.convert_version(proto, OPSET)
@@ -51,26 +52,22 @@ def convert(model: onnx_ir.Model, where: str) -> None:
     unique_names(model)
 
 
-def _convertible(model: onnx_ir.Model, opset: int, where: str) -> bool:
-    """Whether ONNX's converter keeps the meaning of every operator (found by running both).
+def _refuse_changed_meaning(model: onnx_ir.Model, opset: int, where: str) -> None:
+    """Refuse operators whose meaning ONNX's converter changes (found by running both).
 
     It knows nothing of the batch axis of Scan in opset 8, the flattening of Hardmax before 13,
     the round-up of a shrinking Resize in opset 10 and the groups of GroupNormalization before 21.
     """
     for node in model.graph.all_nodes():
-        if node.domain:
-            continue
-        if node.op_type == "GroupNormalization":
-            return False
-        if (
-            (node.op_type == "Scan" and opset < 9)
+        if not node.domain and (
+            node.op_type == "GroupNormalization"
+            or (node.op_type == "Scan" and opset < 9)
             or (node.op_type == "Hardmax" and opset < 13)
             or (node.op_type == "Resize" and opset < 11 and _may_shrink(node))
         ):
-            message = f"{node.op_type} of opset {opset} is not supported here"
-            hint = "export the model with opset 13 or newer"
+            message = f"{node.op_type} of opset {opset} is not supported"
+            hint = f"export the model with opset {OPSET}"
             raise ModelError(message, where=f"{where}, node '{node.name}'", hint=hint)
-    return True
 
 
 def _may_shrink(node: onnx_ir.Node) -> bool:
