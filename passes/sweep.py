@@ -39,8 +39,7 @@ def sweep_ranges(
     """
     if not names:
         return {}
-    limit = max(_LEAST_PER_FEED, _ELEMENTS // max(batches.samples, 1))
-    probe = build_probe(model, names, limit)
+    probe = build_probe(model, names, _elements_per_feed(batches))
     collected = _Collected({name: Histogram.empty() for name in names})
     stream = evaluator.stream(probe.model, batches, probe.outputs)
     for feed, arrays in enumerate(stream, start=1):
@@ -48,6 +47,13 @@ def sweep_ranges(
             collected.add(name, probe.read(arrays, index), feed)
         progress("calibrate", feed, batches.samples)
     return collected.settle()
+
+
+def _elements_per_feed(batches: Batches) -> int:
+    """All feeds are about as large as the first."""
+    shapes = (array.shape for array in next(iter(batches), {}).values())
+    samples = next((shape[0] for shape in shapes if shape), 1)
+    return max(_LEAST_PER_FEED, _ELEMENTS * samples // max(batches.samples, 1))
 
 
 @final
