@@ -38,6 +38,7 @@ _PROVIDERS = ["CPUExecutionProvider"]
 _QUIET = 4
 _IN_MEMORY_BYTES = 256 << 20
 _SMALL_BYTES = 1 << 10
+_OPTIMIZED = "session.optimized_model_external_initializers"
 _WRONG_FEED = (runtime_state.InvalidArgument, ValueError)
 _IN_KERNEL = "while running"
 _RUNTIME_ERRORS: tuple[type[Exception], ...] = (
@@ -119,6 +120,9 @@ def make_session(
         options.profile_file_prefix = str(profile_prefix)
     if optimized_path is not None:
         options.optimized_model_filepath = str(optimized_path)
+        # Weights beside the graph: it is read without them, and protobuf ends at 2 GB.
+        options.add_session_config_entry(f"{_OPTIMIZED}_file_name", f"{optimized_path.name}.data")
+        options.add_session_config_entry(f"{_OPTIMIZED}_min_size_in_bytes", str(_SMALL_BYTES))
     return _load(model, options, set(disabled_optimizers))
 
 
