@@ -1,12 +1,13 @@
 """The text form of passes and pipelines: `canonicalize,calibrate{method=percentile}`.
 
-A value is an int, a float, true/false, none, or a string; strings with any of `{},=;"` or
-blanks are written in double quotes. A tuple is its items separated by `;`.
+A value is an int, a float, true/false, none, or a string; strings with any of `{},=;"`, blanks
+or control characters are written as JSON strings. A tuple is its items separated by `;`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import sys
 import types
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
 
     from octavo.passes.base import Pass
 
-_PASS = re.compile(r"\s*([A-Za-z][\w-]*)\s*(?:\{((?:[^{}\"]|\"[^\"]*\")*)\})?\s*(,|$)")
-_OPTION = re.compile(r"\s*([A-Za-z][\w-]*)\s*=\s*((?:\"[^\"]*\"|[^,\"])*?)\s*(?:,|$)")
-_ITEM = re.compile(r"\"[^\"]*\"|[^;]+")
-_QUOTED = re.compile(r"[{},=;\"\s]|^$")
+_STRING = r'"(?:[^"\\]|\\.)*"'
+_PASS = re.compile(rf'\s*([A-Za-z][\w-]*)\s*(?:\{{((?:[^{{}}"]|{_STRING})*)\}})?\s*(,|$)')
+_OPTION = re.compile(rf'\s*([A-Za-z][\w-]*)\s*=\s*((?:{_STRING}|[^,"])*?)\s*(?:,|$)')
+_ITEM = re.compile(rf"{_STRING}|[^;]+")
+_PLAIN = re.compile(r"(?!none$)[^{},=;\"\s\\\x00-\x1f\x7f-\x9f]+")
 
 
 def parse_passes(text: str, registry: Mapping[str, type[Pass]]) -> tuple[Pass, ...]:
@@ -113,19 +115,19 @@ def _scalar(text: str, hint: object, where: str) -> object:
             return int(text)
         if hint is float:
             return float(text)
+        return json.loads(text) if text.startswith('"') else text
     except (KeyError, ValueError):
         message = f"'{text}' is not {_type_text(hint)}"
         raise UsageError(message, where=where) from None
-    return text.strip('"')
 
 
 def _format(value: object) -> str:
     if isinstance(value, tuple):
-        return ";".join(_format(item) for item in value) or '""'
+        return ";".join(map(_format, value))
     if isinstance(value, bool) or value is None:
         return str(value).lower()
     text = repr(value) if isinstance(value, float) else str(value)
-    return f'"{text}"' if _QUOTED.search(text) else text
+    return text if _PLAIN.fullmatch(text) else json.dumps(text)
 
 
 def _type_text(hint: object) -> str:
