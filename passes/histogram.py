@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 HALF_BINS = 4096
 _HALF_BITS = HALF_BINS.bit_length() - 1
-# Keeps 2**-exponent a normal float32, so that scaling by it is exact.
-_LOWEST_EXPONENT = -120
+# The smallest float32, 2**-149, needs no finer bins.
+_LOWEST_EXPONENT = -148 - _HALF_BITS
 
 
 @final
@@ -53,7 +53,8 @@ class Histogram:
             message = "a value is not finite"
             raise ValueError(message)
         exponent = _exponent(max(-low, high))
-        bins = np.floor(flat * np.float32(2.0**-exponent)).astype(np.intp) + HALF_BINS
+        # In float64 no scaled float32 underflows: a tiny negative value stays below zero.
+        bins = np.floor(flat * np.float64(2.0**-exponent)).astype(np.intp) + HALF_BINS
         counts = np.bincount(bins, minlength=2 * HALF_BINS)
         zeros = flat.size - int(np.count_nonzero(flat))
         counts[HALF_BINS] -= zeros
@@ -90,7 +91,9 @@ def merge(a: Histogram, b: Histogram) -> Histogram:
 
 def _exponent(peak: float) -> int:
     """The smallest bin width, as a power of two, that keeps |x| <= peak inside the bins."""
-    return max(math.frexp(peak)[1] - _HALF_BITS, _LOWEST_EXPONENT)
+    if peak == 0:
+        return _LOWEST_EXPONENT
+    return math.frexp(peak)[1] - _HALF_BITS
 
 
 def _widened(histogram: Histogram, exponent: int) -> NDArray[np.int64]:
