@@ -1,0 +1,78 @@
+"""Calibration data of every benchmark: none of it is scored. Each writer returns what to pass on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+
+import corpus
+import numpy as np
+from scores import filetypes, language, lines, pages, stamps
+from task import Array
+
+from octavo.models import shipped
+
+_STAMPS, _KINDS = 64, ("animals", "food", "household")
+_LINES, _PAGES, _FILES_PER_TYPE, _CONTEXTS = 64, 8, 3, 128
+_PHOTOS = (
+    "camera.png",
+    "coins.png",
+    "motorcycle_left.png",
+    "gravel.png",
+    "grass.png",
+    "retina.jpg",
+)
+
+
+def fashion(model: Path, folder: Path) -> Path:
+    """The 256 training images that ship with octavo."""
+    return shipped("fashion_resnet").with_name("fashion.npz")
+
+
+def photo_stamps(model: Path, folder: Path) -> Path:
+    """64 stamps of animals, food and household things that are not scored."""
+    scored = {Path(name).name for name in stamps.classes()}
+    found = sorted(str(path) for path in stamps.FOLDER.rglob("*.png"))
+    paths = [Path(p) for p in found if any(f"/{kind}/" in p for kind in _KINDS)]
+    paths = [path for path in paths if path.stem not in scored]
+    order = np.random.default_rng(0).permutation(len(paths))[:_STAMPS]
+    return _write(folder, input=np.stack([stamps.picture(paths[k]) for k in order]))
+
+
+def text_lines(model: Path, folder: Path) -> Path:
+    """64 lines of other news, one file each because their widths differ."""
+    words = corpus.other_news().split()
+    return _write_each(folder, "x", (line.image for line in lines.lines(words, _LINES, seed=1)))
+
+
+def text_pages(model: Path, folder: Path) -> Path:
+    """Eight pages of other news over other photographs."""
+    words = corpus.other_news().split()
+    made = pages.pages(words, _PHOTOS, _PAGES, seed=1)
+    return _write(folder, x=np.concatenate([page.image for page in made]))
+
+
+def file_ends(model: Path, folder: Path) -> Path:
+    """Three files of every type that has more than the scored ones."""
+    how = filetypes.settings(model)
+    chosen = [path for group in filetypes.files() for path in group.others[:_FILES_PER_TYPE]]
+    return _write(folder, bytes=filetypes.features(chosen, how))
+
+
+def character_contexts(model: Path, folder: Path) -> Path:
+    """128 windows of other news."""
+    ids = language.characters(corpus.other_news().replace("\n", " "), model)
+    return _write(folder, ids=np.array(list(islice(language.contexts(ids)[::40], _CONTEXTS))))
+
+
+def _write(folder: Path, **arrays: Array) -> Path:
+    path = folder / "calibration.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+def _write_each(folder: Path, name: str, samples: Iterable[Array]) -> Path:
+    for k, sample in enumerate(samples):
+        np.savez(folder / f"{k:03d}.npz", **{name: sample})
+    return folder
