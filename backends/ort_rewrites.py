@@ -33,13 +33,13 @@ def quantize_activation(graph: onnx_ir.Graph, fake: onnx_ir.Node) -> None:
 
 
 def quantize_constant(graph: onnx_ir.Graph, fake: onnx_ir.Node) -> None:
-    """A constant as codes with a DQ for every reader; a zero zero point is left out."""
+    """A constant as codes with a DQ for every reader; only Conv fuses without a zero point."""
     value, params = _input(fake, 0), params_of(fake)
     codes = _codes(graph, value, params)
     name = value.name or ""
     numbers = [constant(graph, f"{name}_scale", params.scale)]
-    if params.zero_point.any() or not params.spec.signed:
-        numbers.append(_zero_point(graph, params))
+    if any(use.node.op_type != "Conv" for use in fake.outputs[0].uses()):
+        numbers.append(_zero_point(graph, params, name))
     axis = params.spec.granularity.axis if isinstance(params.spec.granularity, PerAxis) else None
     attributes = {} if axis is None else {"axis": axis}
     _fan_out(graph, fake, [codes, *numbers], name, attributes)
@@ -179,15 +179,16 @@ def _fan_out(
 
 
 def _numbers(graph: onnx_ir.Graph, name: str, params: QuantParams) -> list[onnx_ir.Value]:
-    return [constant(graph, f"{name}_scale", params.scale), _zero_point(graph, params)]
+    return [constant(graph, f"{name}_scale", params.scale), _zero_point(graph, params, name)]
 
 
-def _zero_point(graph: onnx_ir.Graph, params: QuantParams) -> onnx_ir.Value:
-    dtype = params.spec.onnx_type.numpy()
-    array = params.zero_point.astype(dtype)
+def _zero_point(graph: onnx_ir.Graph, params: QuantParams, name: str) -> onnx_ir.Value:
+    """A zero point; scalars and all-zero vectors are shared by all that have the same."""
+    array = params.zero_point.astype(params.spec.onnx_type.numpy())
     if array.ndim == 0:
         return constant(graph, f"zero_{params.spec.dtype}_{int(params.zero_point)}", array)
-    return constant(graph, f"zero_{params.spec.dtype}_x{array.size}", array)
+    shared = f"zero_{params.spec.dtype}_x{array.size}"
+    return constant(graph, f"{name}_zero_point" if array.any() else shared, array)
 
 
 def _codes(graph: onnx_ir.Graph, value: onnx_ir.Value, params: QuantParams) -> onnx_ir.Value:
