@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 def read(source: Any, inputs: Any = None) -> Model:
     """Read a path (`.onnx`, `.pt2`), `onnx.ModelProto`, `onnx_ir.Model` or torch program.
 
+    A `Model` that was read before is returned as it is.
+
     `inputs` are the example inputs that a `torch.nn.Module` needs to be traced. Raises
     ModelError for what cannot be read and UsageError for what is no model at all.
     """
@@ -33,8 +35,11 @@ def _read_graph(source: Any) -> Model:
     import onnx
     import onnx_ir
 
+    from octavo.ir.model import Model
     from octavo.ir.read_onnx import from_ir, from_proto
 
+    if isinstance(source, Model):
+        return source
     if isinstance(source, onnx.ModelProto):
         return from_proto(source)
     if isinstance(source, onnx_ir.Model):
