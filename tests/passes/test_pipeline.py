@@ -24,8 +24,9 @@ class DropRelu(Pass):
 
     def run(self, model: Model, ctx: PassContext) -> Model:
         for node in list(model.graph):
-            if node.op_type == "Relu":
-                node.outputs[0].replace_all_uses_with(node.inputs[0])
+            source = node.inputs[0]
+            if node.op_type == "Relu" and source is not None:
+                node.outputs[0].replace_all_uses_with(source)
                 model.graph.remove(node, safe=True)
                 ctx.count("dropped")
                 ctx.remark("applied", node.name or "", "a Relu went", inputs=1)
