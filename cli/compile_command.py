@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, final
 
 import typer
 
@@ -102,8 +103,12 @@ def compile_(
         measure=measure,
         max_recurrent_error=max_recurrent_error,
     )
-    with open_output(output, force=force, source=model) as folder:
-        compiled = _compile(model, calibration, preprocess, request, dump_ir, cache)
+    with (
+        open_output(output, force=force, source=model) as folder,
+        tempfile.TemporaryDirectory(prefix="octavo-") as workdir,
+    ):
+        inputs = _Inputs(model, calibration, preprocess)
+        compiled = _compile(inputs, request, Path(workdir), _instruments(dump_ir), cache)
         manifest = compiled.write(folder)
     show(compiled, manifest, output, as_json)
     if not compiled.audit.ok:
@@ -112,13 +117,16 @@ def compile_(
         raise VerificationFailed(message, where=str(output), hint=hint)
 
 
+@final
+@dataclass(frozen=True)
+class _Inputs:
+    model: Path
+    calibration: str
+    preprocess: str
+
+
 def _compile(
-    path: Path,
-    calibration: str,
-    preprocess: str,
-    request: Request,
-    dump_ir: Path | None,
-    cache: bool,
+    given: _Inputs, request: Request, workdir: Path, instruments: list[Instrument], cache: bool
 ) -> Compiled:
     from octavo.cli.calibration_data import load_calibration
     from octavo.cli.compilation import compile_model
@@ -127,17 +135,17 @@ def _compile(
     from octavo.ir.cache import Cache, default_folder
     from octavo.ir.read import read
 
-    with progress_bars() as progress, tempfile.TemporaryDirectory(prefix="octavo-") as workdir:
-        source = read(path)
-        how = Preprocess.parse(preprocess) if preprocess else None
-        batches = load_calibration(calibration, source, how) if calibration else None
+    with progress_bars() as progress:
+        source = read(given.model)
+        how = Preprocess.parse(given.preprocess) if given.preprocess else None
+        batches = load_calibration(given.calibration, source, how) if given.calibration else None
         return compile_model(
             source,
             calibration=batches,
             request=request,
             cache=Cache(default_folder()) if cache else None,
-            workdir=Path(workdir),
-            instruments=_instruments(dump_ir),
+            workdir=workdir,
+            instruments=instruments,
             progress=progress,
         )
 

@@ -19,6 +19,8 @@ from octavo.cli.render import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import onnx_ir
 
     from octavo.ir.artifact import AuditRow, PlannedNode
@@ -89,7 +91,8 @@ def _tensor(value: onnx_ir.Value) -> str:
 def _inspect_artifact(saved: SavedArtifact, as_json: bool) -> None:
     manifest, audit = saved.manifest, saved.audit
     audited = {row.node: row for row in audit.rows}
-    rows = [_layer_row(node, audited.get(node.node)) for node in saved.artifact.planned]
+    nodes = _with_absorbed(saved.artifact.planned)
+    rows = [_layer_row(node, audited.get(node.node)) for node in nodes]
     if as_json:
         proof = {"findings": audit.findings, "environment": audit.environment}
         plan = {"plan": saved.plan_source, "layers": rows}
@@ -99,11 +102,19 @@ def _inspect_artifact(saved: SavedArtifact, as_json: bool) -> None:
     print_table(columns, [_layer_cells(row) for row in rows])
     print_message(
         f"{manifest.source.name} {format_bytes(manifest.source.bytes)} → "
-        f"{format_bytes(saved.artifact.bytes)} for {manifest.target}; {saved.plan_source}; "
+        f"{format_bytes(saved.artifact.bytes)} for {manifest.target}, plan: {saved.plan_source}; "
         f"kernels and times: {audit.environment}"
     )
     for finding in audit.findings:
         print_message(f"finding: {finding}")
+
+
+def _with_absorbed(planned: Sequence[PlannedNode]) -> list[PlannedNode]:
+    """The planned nodes, each followed by those its kernel includes."""
+    absorbed: dict[str, list[PlannedNode]] = {}
+    for node in planned:
+        absorbed.setdefault(node.absorbed_by, []).append(node)
+    return [n for head in absorbed.get("", ()) for n in (head, *absorbed.get(head.node, ()))]
 
 
 def _layer_row(node: PlannedNode, row: AuditRow | None) -> dict[str, Any]:

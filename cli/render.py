@@ -47,7 +47,10 @@ def print_table(
 
     cells = [[printable(str(cell)) for cell in row] for row in rows]
     table = Table(
-        title=Text(printable(title)) if title else None, title_justify="left", box=SIMPLE_HEAD
+        title=Text(printable(title)) if title else None,
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
     )
     for index, column in enumerate(columns):
         numeric = all(_is_number(row[index]) for row in cells)
@@ -55,12 +58,12 @@ def print_table(
     for row in cells:
         table.add_row(*map(Text, row))
     if sys.stdout.isatty():
-        Console(highlight=False).print(table)
+        Console(highlight=False).print(table, end="\n\n")
         return
     # A pipe has no width: never cut what a program may want to read.
     buffer = io.StringIO()
     Console(file=buffer, width=_WIDE, highlight=False).print(table)
-    print("\n".join(line.rstrip() for line in buffer.getvalue().splitlines()))
+    print("\n".join(line.rstrip() for line in buffer.getvalue().splitlines()), end="\n\n")
 
 
 def printable(text: str) -> str:

@@ -105,8 +105,8 @@ def write_artifact(
     _write_json(folder / PLAN, _plan_json(artifact.planned, plan))
     _write_json(folder / AUDIT, audit.to_json())
     write_probes(probes, folder / PROBES)
-    names = sorted(p.name for p in (*folder.glob(f"{MODEL}*"), folder / PROBES))
-    files = {name: FileEntry(*_digest(folder / name)) for name in names}
+    names = {MODEL, PROBES, *(path.name for path in folder.glob(f"{MODEL}*"))}
+    files = {name: FileEntry(*_digest(folder / name)) for name in sorted(names)}
     name = Path(manifest.source.name).name
     written = replace(
         manifest,
