@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # A folded constant larger than this would cost more in the file than its node costs at run time.
 LIMIT_ENTRIES = 65536
+# A larger constant with other readers (a tied embedding) stays one constant.
+_LIMIT_SHARED = 1024
 
 _VIEWS = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten", "Identity")
 # fmt: off
@@ -99,7 +101,7 @@ def _only_rearranged(node: onnx_ir.Node) -> bool:
 def _entries(node: onnx_ir.Node, shapes: Sequence[tuple[int, ...]]) -> int | None:
     """A bound of the entries that evaluation creates, `None` for operators without one."""
     sizes = [math.prod(shape) for shape in shapes]
-    if node.op_type in _VIEWS or node.op_type in _NO_LARGER:
+    if node.op_type in _NO_LARGER:
         return sum(sizes)
     if node.op_type in _PRODUCTS:
         return math.prod(sizes)

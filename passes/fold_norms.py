@@ -142,7 +142,7 @@ def _fold_before(node: onnx_ir.Node, before: Linear, affine: Affine, rewrite: Re
     # MatMul has no bias input, so the shift stays behind as an Add of the same name.
     node.op_type = "Add"
     node.attributes.clear()
-    node.resize_inputs(2)
+    node.resize_inputs(1)
     rewrite.set_constant(node, 1, shifted.astype(before.dtype), "bias")
     return ""
 

@@ -1,4 +1,4 @@
-"""Pad with zeros as the padding of the convolution or pooling that reads it, where exact."""
+"""Pad with zeros as the padding of the convolutions and poolings that read it, where exact."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir
 
 from octavo.passes.merge_activations import bounds_of
-from octavo.passes.rewrite import constant, is_op, only_reader, scalar
+from octavo.passes.rewrite import constant, is_op, scalar
 
 if TYPE_CHECKING:
     from octavo.passes.rewrite import Rewrite
@@ -21,11 +21,17 @@ def fold_pad(node: onnx_ir.Node, rewrite: Rewrite) -> bool:
         return False
     if not any(pads):
         return rewrite.drop(node) and rewrite.done("pad-folded", node, "pads nothing")
-    reader = only_reader(node.outputs[0])
-    if reader is None or not is_op(reader, "Conv", "AveragePool", "MaxPool"):
-        return False
-    if reason := _why_not(node, reader, pads):
-        return rewrite.miss(node, reason)
+    readers = [reader for reader, _ in node.outputs[0].uses()]
+    reasons = [_why_not(node, reader, pads) for reader in readers]
+    if not readers or any(reasons):
+        return rewrite.miss(node, next(filter(None, reasons), "nothing reads it"))
+    for reader in readers:
+        _widen(reader, pads)
+    names = ", ".join(f"'{reader.name}'" for reader in readers)
+    return rewrite.drop(node) and rewrite.done("pad-folded", node, f"pads of {names}")
+
+
+def _widen(reader: onnx_ir.Node, pads: tuple[int, ...]) -> None:
     half = len(pads) // 2
     spatial = [*pads[2:half], *pads[half + 2 :]]
     own = reader.attributes.get_ints("pads", [0] * len(spatial))
@@ -34,10 +40,6 @@ def fold_pad(node: onnx_ir.Node, rewrite: Rewrite) -> bool:
     reader.attributes.pop("auto_pad", None)
     if is_op(reader, "AveragePool"):
         reader.attributes["count_include_pad"] = onnx_ir.AttrInt64("count_include_pad", 1)
-    source = node.inputs[0]
-    assert source is not None
-    rewrite.bypass(reader, 0, source)
-    return rewrite.done("pad-folded", node, f"pads of '{reader.name}'")
 
 
 def _pads(node: onnx_ir.Node) -> tuple[int, ...] | None:
@@ -53,6 +55,8 @@ def _pads(node: onnx_ir.Node) -> tuple[int, ...] | None:
 
 def _why_not(pad: onnx_ir.Node, reader: onnx_ir.Node, pads: tuple[int, ...]) -> str:
     half, name = len(pads) // 2, reader.name
+    if not is_op(reader, "Conv", "AveragePool", "MaxPool") or pad.outputs[0].is_graph_output():
+        return f"'{name}' cannot pad, or it is a graph output"
     if pad.attributes.get_string("mode", "constant") != "constant":
         return "it repeats the border"
     filler = scalar(pad.inputs[2]) if len(pad.inputs) > 2 and pad.inputs[2] is not None else 0.0

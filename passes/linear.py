@@ -111,7 +111,9 @@ class Linear:
         value = self.last.inputs[index] if index < len(self.last.inputs) else None
         if value is None:
             return np.zeros(self.channels)
-        vector = per_channel(constant(value), self.rank, self.axis, self.channels)
+        direct = self.last is self.node and not is_op(self.node, "Gemm")
+        rank, axis = (1, 0) if direct else (self.rank, self.axis)
+        vector = per_channel(constant(value), rank, axis, self.channels)
         beta = self.node.attributes.get_float("beta", 1.0)
         return None if vector is None else vector * beta
 

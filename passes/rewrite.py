@@ -93,7 +93,7 @@ class Rewrite:
         value = node.inputs[index] if index < len(node.inputs) else None
         if value is None or not owned(value):
             value = self._initializer(node, f"{node.outputs[0].name}_{suffix}")
-        tensor = onnx_ir.tensor(np.ascontiguousarray(array), name=value.name)
+        tensor = onnx_ir.tensor(np.asarray(array, order="C"), name=value.name)
         value.const_value, value.shape = tensor, onnx_ir.Shape(array.shape)
         value.type = onnx_ir.TensorType(tensor.dtype)
         if index >= len(node.inputs):

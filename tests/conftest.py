@@ -103,6 +103,25 @@ def feed_of() -> Callable[..., Feed]:
     return random_feed
 
 
+def assert_agrees(actual: Feed, expected: Feed, relative: float) -> None:
+    """Same names, types and shapes; floats within `relative` of the largest magnitude."""
+    assert list(actual) == list(expected)
+    for name, truth in expected.items():
+        assert (actual[name].dtype, actual[name].shape) == (truth.dtype, truth.shape)
+        if truth.dtype.kind == "f":
+            wide, close = truth.astype(np.float64), actual[name].astype(np.float64)
+            bound = relative * float(np.abs(wide).max(initial=0.0))
+            np.testing.assert_allclose(close, wide, rtol=0, atol=bound, err_msg=name)
+        else:
+            np.testing.assert_array_equal(actual[name], truth, err_msg=name)
+
+
+@pytest.fixture(scope="session")
+def agrees() -> Callable[[Feed, Feed, float], None]:
+    """`agrees(actual, expected, relative)` asserts that two sets of outputs are the same."""
+    return assert_agrees
+
+
 @pytest.fixture
 def pass_context(tmp_path: Path) -> Iterator[PassContext]:
     """Services for one pass: ORT CPU, analytic costs, an unoptimized runtime, no calibration."""

@@ -1,0 +1,126 @@
+"""Golden files: what a pass makes of a small model, as ONNX text.
+
+A file holds cases separated by `// -----`:
+
+    // RUN: canonicalize
+    <model in ONNX text>
+    // ----->
+    <expected model>
+    // REMARK missed "why" @node
+
+The text after RUN is a pipeline; the case shows the graph after it and the remarks of its last
+pass. `pytest --update-golden` rewrites everything after the arrow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx
+import onnx_ir
+import pytest
+
+from octavo.ir.read import read
+from octavo.passes.pipeline import Pipeline
+from octavo.passes.registry import PASSES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from octavo.ir.calibration import Feed
+    from octavo.ir.model import Model
+    from octavo.passes.base import PassContext
+    from octavo.passes.pipeline import Compilation
+
+FOLDER = Path(__file__).parent.parent / "golden"
+RUN, ARROW, SEPARATOR = "// RUN: ", "// ----->\n", "// -----\n"
+FLOAT32_RELATIVE = 1e-5
+EXACT_PASSES = ("canonicalize",)
+
+
+@dataclass(frozen=True)
+class Case:
+    file: Path
+    index: int
+    pipeline: str
+    given: str
+    expected: str
+
+    def __str__(self) -> str:
+        return f"{self.file.stem}-{self.index}"
+
+    def model(self) -> Model:
+        return read(onnx.parser.parse_model(self.given))
+
+
+def cases_of(file: Path) -> list[Case]:
+    blocks = file.read_text(encoding="utf-8").split(SEPARATOR)
+    return [_case(file, index, block) for index, block in enumerate(blocks)]
+
+
+def _case(file: Path, index: int, block: str) -> Case:
+    header, _, rest = block.lstrip("\n").partition("\n")
+    assert header.startswith(RUN), f"{file.name}, case {index}: begin with '{RUN}'"
+    given, _, expected = rest.partition(ARROW)
+    return Case(file, index, header.removeprefix(RUN), given, expected)
+
+
+def shown(compilation: Compilation) -> str:
+    """The graph and the remarks of the last pass, as they stand in a golden file."""
+    proto = onnx_ir.to_proto(compilation.model.ir)
+    proto.ClearField("producer_name")
+    proto.ClearField("producer_version")
+    del proto.graph.value_info[:]
+    remarks = [
+        f'// REMARK {remark.kind} "{remark.text}" @{remark.where}'
+        for remark in compilation.records[-1].remarks
+    ]
+    return "\n".join([onnx.printer.to_text(proto).strip(), *remarks, ""])
+
+
+FILES = sorted(FOLDER.glob("*.txt"))
+CASES = [case for file in FILES for case in cases_of(file)]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_golden_file(
+    file: Path,
+    request: pytest.FixtureRequest,
+    calibrated: Callable[[Model], PassContext],
+) -> None:
+    assert file.stem in PASSES
+    actual = []
+    for case in cases_of(file):
+        model, pipeline = case.model(), Pipeline.parse(case.pipeline)
+        assert pipeline.passes[-1].name == file.stem
+        actual.append(shown(pipeline.run(model, calibrated(model))))
+    if request.config.getoption("--update-golden"):
+        blocks = zip(cases_of(file), actual, strict=True)
+        texts = [f"{RUN}{c.pipeline}\n{c.given}{ARROW}{text}" for c, text in blocks]
+        file.write_text(SEPARATOR.join(texts), encoding="utf-8")
+    for case, text in zip(cases_of(file), actual, strict=True):
+        assert text == case.expected, str(case)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.file.stem in EXACT_PASSES], ids=str)
+def test_exact_pass_keeps_what_a_model_computes(
+    case: Case,
+    pass_context: PassContext,
+    feed_of: Callable[[Model, int], Feed],
+    agrees: Callable[[Feed, Feed, float], None],
+) -> None:
+    before = case.model()
+    after = Pipeline.parse(case.pipeline).run(before, pass_context).model
+    feed = feed_of(before, 0)
+    expected = pass_context.evaluator.run(before, feed)
+    actual = pass_context.evaluator.run(after, feed)
+    agrees(actual, expected, FLOAT32_RELATIVE)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.file.stem in EXACT_PASSES], ids=str)
+def test_exact_pass_is_idempotent(case: Case, pass_context: PassContext) -> None:
+    once = Pipeline.parse(case.pipeline).run(case.model(), pass_context).model
+    twice = Pipeline.parse(case.pipeline).run(once, pass_context)
+    assert twice.model.fingerprint == once.fingerprint
