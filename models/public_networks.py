@@ -184,6 +184,8 @@ class Llama(nn.Module):
     `input_ids` int64 `[batch, seq]` to logits `[batch, seq, vocabulary]`.
     """
 
+    frequency: Tensor
+
     def __init__(
         self, width: int, blocks: int, heads: int, kv_heads: int, wide: int,
         vocabulary: int, epsilon: float, theta: float,
