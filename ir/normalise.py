@@ -33,6 +33,7 @@ def normalise(model: onnx_ir.Model, where: str) -> None:
     check_domains(model, where)
     sort(model.graph, where)
     onnx_passes.RemoveInitializersFromInputsPass()(model)
+    forget_impossible_shapes(model)
     lift_constants(model)
     resolve_identities(model)
     unique_names(model)
@@ -80,6 +81,19 @@ def sort(graph: onnx_ir.Graph, where: str) -> None:
             names = " → ".join(f"'{node.name}'" for node in cycle.args[1][:8])
             raise ModelError("the graph has a cycle", where=where, why=names) from error
         raise ModelError("the graph has a cycle", where=where) from error
+
+
+def forget_impossible_shapes(model: onnx_ir.Model) -> None:
+    """Make negative dims unknown, as runtimes do, and drop shapes of values without a type."""
+    for graph in model.graphs():
+        for value in _values(graph):
+            if value.shape is None:
+                continue
+            if value.type is None:
+                value.shape = None
+            elif any(isinstance(d, int) and d < 0 for d in value.shape):
+                dims = [None if isinstance(d, int) and d < 0 else d for d in value.shape]
+                value.shape = onnx_ir.Shape(dims)
 
 
 def lift_constants(model: onnx_ir.Model) -> None:

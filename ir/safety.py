@@ -25,6 +25,7 @@ MAX_NODES = 500_000
 MAX_DEPTH = 16
 MAX_RANK = 64
 _EXTERNAL = 1
+_EXTERNAL_KEYS = {"location", "offset", "length", "checksum", "basepath"}
 _DTYPES = frozenset(d for d in onnx_ir.DataType if d)
 _TYPED_FIELDS = (
     "float_data",
@@ -164,6 +165,9 @@ class Inspection:
 
     def _external_data(self, tensor: onnx.TensorProto, declared: int) -> None:
         entries = {e.key: e.value for e in tensor.external_data}
+        if unknown := sorted(entries.keys() - _EXTERNAL_KEYS):
+            message = f"external data of tensor '{tensor.name}' has the unknown key '{unknown[0]}'"
+            raise ModelError(message, where=self.where)
         offset, length = (_count(entries.get(k), k, self.where) for k in ("offset", "length"))
         if length is not None and length != declared:
             message = f"tensor '{tensor.name}' declares {declared} bytes and {length} are stored"
