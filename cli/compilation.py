@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 _PROBES = 2
-_COMPARED = 8
+_COMPARED_SAMPLES = 16
 
 
 def _silent(label: str, done: int, total: int) -> None:
@@ -188,7 +187,7 @@ class _Job:
         probes = self._probe_feeds()
         measured = Measured(source, self.feed, probes, self.request, cache)
 
-        def build(name: str, context: PassContext, **options: object) -> Candidate:
+        def build(name: str, context: PassContext, /, **options: object) -> Candidate:
             pipeline = after.with_options("choose-kernels", **options)
             compiled = pipeline.run(base.model, context, self.instruments)
             artifact = lower(compiled.model, _fresh(ctx.workdir, name) / MODEL)
@@ -216,11 +215,16 @@ class _Job:
         )
 
     def _probe_feeds(self) -> tuple[Feed, ...]:
-        """Feeds that outputs are compared on: the first ones of the calibration data."""
+        """Feeds that outputs are compared on: the first samples of the calibration data."""
         batches = self.ctx.calibration
         if batches is None:
             return (self.feed,)
-        return tuple(itertools.islice(batches, _COMPARED))
+        feeds: list[Feed] = []
+        for feed in batches:
+            feeds.append(feed)
+            if sum(len(next(iter(f.values()))) for f in feeds) >= _COMPARED_SAMPLES:
+                break
+        return tuple(feeds)
 
 
 def _target(name: str) -> Target:
