@@ -1,4 +1,4 @@
-"""Calibration data of every benchmark: none of it is scored. Each writer returns what to pass on."""
+"""Calibration data of every benchmark, none of it scored. Each writer returns the path to use."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PHOTOS = (
 
 def fashion(model: Path, folder: Path) -> Path:
     """The 256 training images that ship with octavo."""
-    return shipped("fashion_resnet").with_name("fashion.npz")
+    return shipped("fashion")
 
 
 def photo_stamps(model: Path, folder: Path) -> Path:
@@ -68,11 +68,11 @@ def character_contexts(model: Path, folder: Path) -> Path:
 
 def _write(folder: Path, **arrays: Array) -> Path:
     path = folder / "calibration.npz"
-    np.savez(path, **arrays)
+    np.savez(path, allow_pickle=False, **arrays)
     return path
 
 
 def _write_each(folder: Path, name: str, samples: Iterable[Array]) -> Path:
     for k, sample in enumerate(samples):
-        np.savez(folder / f"{k:03d}.npz", **{name: sample})
+        np.savez(folder / f"{k:03d}.npz", allow_pickle=False, **{name: sample})
     return folder

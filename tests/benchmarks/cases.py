@@ -1,0 +1,145 @@
+"""The models that are measured, on what, and the goals they have to meet."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import calibration
+from scores import fashion, filetypes, language, lines, pages, sentences, stamps
+from task import Task
+
+from octavo.models import fetch, names, shipped
+from octavo.models.public import PUBLIC
+
+_MEGABYTE = 10**6
+Shapes = dict[str, tuple[int, ...]]
+
+
+@final
+@dataclass(frozen=True)
+class Speed:
+    """Input shapes to time a model with, and how many times faster than float it has to be."""
+
+    label: str
+    shapes: Shapes
+    at_least: float = 1.0
+
+
+@final
+@dataclass(frozen=True)
+class Case:
+    """One model with its goals: limits of the score or its loss, bytes, seconds and memory.
+
+    `calibration` writes data into a folder and returns what `octavo compile` takes. `peers` are
+    tools of `peers.py`. The first of `speeds` is the one the compiler is told.
+    """
+
+    name: str
+    task: Callable[[Path], Task]
+    speeds: Sequence[Speed]
+    calibration: Callable[[Path, Path], Path] | None = None
+    score: float | None = None
+    score_loss: float | None = None
+    bytes: float | None = None
+    bytes_ratio: float | None = None
+    compile_seconds: float | None = None
+    peak_bytes: float | None = None
+    options: Sequence[str] = ()
+    peers: Sequence[str] = ()
+
+    def model(self) -> Path:
+        """The FP32 file: from the folder $OCTAVO_BENCH_MODELS, shipped, or fetched."""
+        folder = os.environ.get("OCTAVO_BENCH_MODELS")
+        if self.name in names():
+            return shipped(self.name)
+        if folder:
+            return Path(folder) / self.name / "model.onnx"
+        return fetch.get(PUBLIC[self.name], fetch.cache_folder())[0]
+
+
+def _fashion(name: str, speed: float, bytes_ratio: float = 0.3) -> Case:
+    return Case(
+        name=name,
+        task=fashion.task,
+        calibration=calibration.fashion,
+        speeds=[Speed("batch 64", {"input": (64, 1, 28, 28)}, speed)],
+        score_loss=0.003,
+        bytes_ratio=bytes_ratio,
+    )
+
+
+def _tokens(batch: int, length: int) -> Shapes:
+    return {"input_ids": (batch, length), "attention_mask": (batch, length)}
+
+
+CASES = (
+    Case(
+        name="efficientnet-lite0",
+        task=stamps.task,
+        calibration=calibration.photo_stamps,
+        speeds=[Speed("batch 1", {"input": (1, 3, 224, 224)}, 1.8)],
+        score=0.797,
+        bytes=5.1 * _MEGABYTE,
+        compile_seconds=4,
+        peers=("ort-static-minmax", "ort-static-percentile"),
+    ),
+    Case(
+        name="minilm",
+        task=sentences.task,
+        speeds=[Speed("1x32", _tokens(1, 32), 2.3), Speed("8x128", _tokens(8, 128), 2.2)],
+        score=0.33,
+        bytes=23 * _MEGABYTE,
+        peers=("ort-dynamic",),
+    ),
+    Case(
+        name="ppocr-rec",
+        task=lines.task,
+        calibration=calibration.text_lines,
+        speeds=[Speed("48x320", {"x": (1, 3, 48, 320)}, 1.5)],
+        score_loss=0.01,
+        bytes_ratio=0.3,
+        peers=("ort-dynamic",),
+    ),
+    Case(
+        name="ppocr-det",
+        task=pages.task,
+        calibration=calibration.text_pages,
+        speeds=[Speed("480x640", {"x": (1, 3, 480, 640)}, 2.0)],
+        score_loss=0.01,
+        bytes_ratio=0.3,
+        peers=("ort-dynamic",),
+    ),
+    Case(
+        name="magika",
+        task=filetypes.task,
+        calibration=calibration.file_ends,
+        speeds=[Speed("batch 1", {"bytes": (1, 2048)})],
+        score_loss=0.01,
+        bytes_ratio=0.3,
+        peers=("ort-dynamic",),
+    ),
+    Case(
+        name="textgenrnn",
+        task=language.characters_task,
+        calibration=calibration.character_contexts,
+        speeds=[Speed("batch 1", {"ids": (1, 40)})],
+        score_loss=0.01,
+        bytes_ratio=0.3,
+    ),
+    _fashion("fashion-resnet", 2.0),
+    _fashion("fashion-vit", 2.0),
+    _fashion("fashion-mobile", 1.0, bytes_ratio=0.45),
+    _fashion("fashion-lstm", 1.0),
+    Case(
+        name="smollm2-135m",
+        task=language.perplexity_task,
+        speeds=[Speed("1x64", {"input_ids": (1, 64)})],
+        score=38.0,
+        compile_seconds=30,
+        peak_bytes=1.5e9,
+    ),
+)
