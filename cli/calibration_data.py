@@ -140,7 +140,7 @@ def _grouped(items: Iterable[Feed], inputs: Inputs) -> Iterator[Feed]:
     fixed = inputs.batch
     waiting: list[Feed] = []
     for item in items:
-        if waiting and (_full(waiting, item, fixed) or _shape(item) != _shape(waiting[0])):
+        if waiting and (_full(waiting, item, inputs) or _shape(item) != _shape(waiting[0])):
             if fixed is None or _count(waiting) == fixed:
                 yield joined(waiting)
             waiting = []
@@ -149,10 +149,10 @@ def _grouped(items: Iterable[Feed], inputs: Inputs) -> Iterator[Feed]:
         yield joined(waiting)
 
 
-def _full(waiting: Sequence[Feed], item: Feed, fixed: int | None) -> bool:
+def _full(waiting: Sequence[Feed], item: Feed, inputs: Inputs) -> bool:
     count = _count(waiting)
-    if fixed is not None:
-        return count >= fixed
+    if inputs.batch is not None or not inputs.joinable:
+        return count >= (inputs.batch or 1)
     most = min(_SAMPLES_PER_FEED, _FEED_BYTES * leading(item) // max(item_bytes(item), 1))
     return count + leading(item) > most
 

@@ -6,6 +6,7 @@ import importlib
 import re
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ def open_items(spec: object, preprocess: Preprocess | None, limit: int) -> Items
         return _from_arrays({"": spec})
     if isinstance(spec, Iterable):
         return _from_iterable(spec, limit, "the iterable")
-    message = f"calibration data cannot be a {type(spec).__name__}"
+    message = f"calibration data cannot be read from {type(spec).__name__}"
     raise CalibrationError(
         message, hint="give a path, arrays by input name, or an iterable of feeds"
     )
@@ -121,7 +122,7 @@ class _Rows:
     """Rows of an .npy stream by increasing index."""
 
     def __init__(self, stream: IO[bytes], where: str) -> None:
-        self._stream = stream
+        self._stream, self._where = stream, where
         try:
             version = np.lib.format.read_magic(stream)
             header = (
@@ -139,11 +140,15 @@ class _Rows:
 
     def row(self, index: int) -> Array:
         size = int(np.prod(self.shape[1:])) * self._dtype.itemsize
-        self._stream.seek((index - self._next) * size, 1)
-        self._next = index + 1
-        data = self._stream.read(size)
+        try:
+            self._stream.seek((index - self._next) * size, 1)
+            data = self._stream.read(size)
+        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise _unreadable(f"sample {index} of {self._where}", error) from error
         if len(data) != size:
-            raise _unreadable(f"sample {index}", ValueError("the file ends early"))
+            early = ValueError("the file ends early")
+            raise _unreadable(f"sample {index} of {self._where}", early)
+        self._next = index + 1
         return np.frombuffer(data, self._dtype).reshape(self.shape[1:])
 
 

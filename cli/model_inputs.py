@@ -51,9 +51,18 @@ class Inputs:
     @property
     def batch(self) -> int | None:
         """Samples that a feed must hold; None where the model leaves it open."""
-        leading = {i.dims[0] for i in self.by_name.values() if i.dims}
-        fixed = leading.pop() if len(leading) == 1 else 1
-        return fixed if isinstance(fixed, int) else None
+        leading = self._leading()
+        fixed = leading.pop() if len(leading) == 1 else None
+        return fixed if isinstance(fixed, int) and fixed > 0 else None
+
+    @property
+    def joinable(self) -> bool:
+        """Whether items can be put together along the first axis of every input."""
+        return not any(isinstance(dim, int) for dim in self._leading()) or self.batch is not None
+
+    def _leading(self) -> set[int | str | None]:
+        # A scalar has no axis to join along, like a size that is fixed beside open ones.
+        return {None if i.dims is None else next(iter(i.dims), 0) for i in self.by_name.values()}
 
     def fit(self, item: Item | Array, where: str) -> dict[str, Array]:
         """The item with the names, ranks and dtypes the model wants.

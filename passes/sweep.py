@@ -39,21 +39,22 @@ def sweep_ranges(
     """
     if not names:
         return {}
-    probe = build_probe(model, names, _elements_per_feed(batches))
+    per_feed = _samples_per_feed(batches)
+    limit = max(_LEAST_PER_FEED, _ELEMENTS * per_feed // max(batches.samples, 1))
+    probe = build_probe(model, names, limit)
     collected = _Collected({name: Histogram.empty() for name in names})
     stream = evaluator.stream(probe.model, batches, probe.outputs)
     for feed, arrays in enumerate(stream, start=1):
         for index, name in enumerate(names):
             collected.add(name, probe.read(arrays, index), feed)
-        progress("calibrate", feed, batches.samples)
+        progress("calibrate", min(feed * per_feed, batches.samples), batches.samples)
     return collected.settle()
 
 
-def _elements_per_feed(batches: Batches) -> int:
-    """All feeds are about as large as the first."""
+def _samples_per_feed(batches: Batches) -> int:
+    """The first axis of the first feed; the others are about as large."""
     shapes = (array.shape for array in next(iter(batches), {}).values())
-    samples = next((shape[0] for shape in shapes if shape), 1)
-    return max(_LEAST_PER_FEED, _ELEMENTS * samples // max(batches.samples, 1))
+    return next((shape[0] for shape in shapes if shape), 1)
 
 
 @final
