@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 _CASE_END = "// -----\n"
 
 
-def pages(goldens: Path | None) -> dict[str, str]:
-    """File name → Markdown; `goldens` holds `NAME.onnx.txt`, whose first case is the example."""
+def pages(goldens: Path) -> dict[str, str]:
+    """File name → Markdown; `goldens` may hold `NAME.txt`, whose first case is the example."""
     return {f"{name}.md": _page(pass_, goldens) for name, pass_ in PASSES.items()}
 
 
@@ -43,7 +43,7 @@ def summary(pass_: type[Pass]) -> str:
     return inspect.cleandoc(pass_.__doc__ or "").partition("\n\n")[0].replace("\n", " ")
 
 
-def _page(pass_: type[Pass], goldens: Path | None) -> str:
+def _page(pass_: type[Pass], goldens: Path) -> str:
     parts = [
         f"# {pass_.name}",
         inspect.cleandoc(pass_.__doc__ or ""),
@@ -83,8 +83,8 @@ def _fact_name(kind: type[Fact]) -> str:
     return "every fact" if kind.__name__ == "Fact" else kind.__name__
 
 
-def _example(name: str, goldens: Path | None) -> str:
-    path = goldens / f"{name}.onnx.txt" if goldens is not None else None
-    if path is None or not path.is_file():
+def _example(name: str, goldens: Path) -> str:
+    path = goldens / f"{name}.txt"
+    if not path.is_file():
         return ""
     return path.read_text(encoding="utf-8").partition(_CASE_END)[0].strip()

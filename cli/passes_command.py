@@ -19,8 +19,8 @@ def passes(
         Path | None, typer.Option(help="Write one documentation page per pass into this folder.")
     ] = None,
     goldens: Annotated[
-        Path | None, typer.Option(help="Folder of golden cases, for the examples of the pages.")
-    ] = None,
+        Path, typer.Option(help="Folder of golden cases, for the examples of the pages.")
+    ] = Path("tests/golden"),
     check: Annotated[
         bool, typer.Option("--check", help="Only check that the pages are up to date.")
     ] = False,
@@ -29,8 +29,8 @@ def passes(
     """List the passes with their options and defaults."""
     if write_docs is not None:
         _write_docs(write_docs, goldens, check)
-    elif check or goldens is not None:
-        message = "--check and --goldens belong to --write-docs"
+    elif check:
+        message = "--check belongs to --write-docs"
         raise UsageError(message, hint="octavo passes --write-docs passes/docs --check")
     elif presets:
         _list_presets(as_json)
@@ -76,7 +76,7 @@ def _list_presets(as_json: bool) -> None:
         print_table(("preset", "pipeline"), list(PRESETS.items()))
 
 
-def _write_docs(folder: Path, goldens: Path | None, check: bool) -> None:
+def _write_docs(folder: Path, goldens: Path, check: bool) -> None:
     from octavo.cli.pass_docs import differing, pages, write_pages
 
     expected = pages(goldens)

@@ -25,9 +25,10 @@ def write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
 def read_arrays(path: Path) -> dict[str, Array]:
     """The arrays of an .npz file; ValueError where it is none, OSError where it is not there."""
     try:
-        stored = np.load(path, allow_pickle=False)
-        if isinstance(stored, np.lib.npyio.NpzFile):
-            with stored:
+        # numpy leaves a file open that it cannot read.
+        with path.open("rb") as file:
+            stored = np.load(file, allow_pickle=False)
+            if isinstance(stored, np.lib.npyio.NpzFile):
                 return dict(stored)
     except (EOFError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(str(error)) from None

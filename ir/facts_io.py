@@ -47,7 +47,9 @@ def read_facts(folder: Path) -> dict[type[Fact], Fact]:
     try:
         structure = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         arrays = read_arrays(folder / "facts.npz")
-        read = [_decode(entry, arrays) for entry in structure]
+        read = _decode(structure, arrays)
+        if not (isinstance(read, tuple) and all(isinstance(fact, Fact) for fact in read)):
+            raise TypeError("no list of facts")
     except (OSError, ValueError, KeyError, TypeError) as error:
         message = "the facts cannot be read"
         raise UsageError(
