@@ -20,14 +20,17 @@ def read(source: Any, inputs: Any = None) -> Model:
     `inputs` are the example inputs that a `torch.nn.Module` needs to be traced. Raises
     ModelError for what cannot be read and UsageError for what is no model at all.
     """
-    if isinstance(source, str | Path) and Path(source).suffix != ".pt2":
-        from octavo.ir.read_onnx import read_onnx
-
-        return read_onnx(Path(source))
-    if isinstance(source, str | Path) or _is_torch(source):
+    is_path = isinstance(source, str | Path)
+    if (is_path and Path(source).suffix == ".pt2") or _is_torch(source):
         from octavo.ir.read_torch import read_torch
 
         return read_torch(source, inputs)
+    if inputs is not None:
+        raise UsageError("example inputs are for torch modules only")
+    if is_path:
+        from octavo.ir.read_onnx import read_onnx
+
+        return read_onnx(Path(source))
     return _read_graph(source)
 
 
