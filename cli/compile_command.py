@@ -111,6 +111,10 @@ def compile_(
         compiled = _compile(inputs, request, Path(workdir), _instruments(dump_ir), cache)
         manifest = compiled.write(folder)
     show(compiled, manifest, output, as_json)
+    _require_audit(compiled, output)
+
+
+def _require_audit(compiled: Compiled, output: Path) -> None:
     if not compiled.audit.ok:
         message = "the audit found nodes that do not run as planned; the artifact is written"
         hint = f"octavo inspect {output} names them"
