@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, TypeGuard, final
 
 import numpy as np
 
@@ -66,7 +66,7 @@ def load_calibration(
     CalibrationError, or UnknownName for names the model does not have.
     """
     if _is_batches(spec):
-        return spec  # type: ignore[return-value]  # just checked
+        return spec
     inputs = Inputs.of(model)
     items = open_items(spec, preprocess and _sized(preprocess, inputs), limit)
     indices = _drawn(items.count, limit, seed)
@@ -81,7 +81,7 @@ def load_calibration(
         indices,
         inputs,
         samples,
-        survey.digest.hexdigest(),
+        hashlib.sha256(b"".join(survey.digests)).hexdigest(),
         labels,
         (*inputs.notes, *survey.warnings(samples)),
         survey.kept,
@@ -93,10 +93,8 @@ def load_calibration(
 class _Survey:
     """What one reading of all items tells."""
 
-    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
-    distinct: set[bytes] = field(default_factory=set)
+    digests: list[bytes] = field(default_factory=list)
     constant: list[str] = field(default_factory=list)
-    items: int = 0
     samples: int = 0
     bytes: int = 0
     kept: tuple[Feed, ...] | None = ()
@@ -113,10 +111,7 @@ class _Survey:
         self.kept = tuple(kept) if self.bytes <= _KEPT_BYTES else None
 
     def _observe(self, item: Feed, where: str) -> None:
-        own = _item_digest(item)
-        self.digest.update(own)
-        self.distinct.add(own)
-        self.items += 1
+        self.digests.append(_item_digest(item))
         self.samples += leading(item)
         self.bytes += item_bytes(item)
         floats = [array for array in item.values() if array.dtype.kind == "f"]
@@ -128,11 +123,12 @@ class _Survey:
             yield f"{self.samples - used} samples do not fill a batch and are left out"
         if used < _FEW:
             yield f"only {used} samples: ranges from fewer than {_FEW} are not reliable"
-        if self.items > 1 and len(self.distinct) == 1:
-            yield f"all {self.items} samples are identical"
+        count = len(self.digests)
+        if count > 1 and len(set(self.digests)) == 1:
+            yield f"all {count} samples are identical"
         elif self.constant:
             some = ", ".join(self.constant[:3]) + (", …" if len(self.constant) > 3 else "")
-            yield f"{len(self.constant)} of {self.items} samples are constant: {some}"
+            yield f"{len(self.constant)} of {count} samples are constant: {some}"
 
 
 def _grouped(items: Iterable[Feed], inputs: Inputs) -> Iterator[Feed]:
@@ -191,7 +187,7 @@ def _drawn(count: int, limit: int, seed: int) -> tuple[int, ...]:
     return tuple(sorted(chosen.tolist()))
 
 
-def _is_batches(spec: object) -> bool:
+def _is_batches(spec: object) -> TypeGuard[Batches]:
     return all(hasattr(spec, name) for name in ("samples", "sha256", "labels", "__iter__"))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, final, get_args
+from typing import TYPE_CHECKING, Any, Literal, final, get_args
 
 import numpy as np
 
@@ -54,7 +54,7 @@ class Preprocess:
     @staticmethod
     def parse(text: str) -> Preprocess:
         """`size=224` or `224x160` (height x width); `mean=127` or one per channel, `1;2;3`."""
-        values: dict[str, object] = {}
+        values: dict[str, Any] = {}
         for part in filter(None, (part.strip() for part in text.split(","))):
             key, equals, value = (piece.strip() for piece in part.partition("="))
             if key not in Preprocess.__dataclass_fields__:
@@ -63,7 +63,7 @@ class Preprocess:
                 message = f"--preprocess '{part}' has no value"
                 raise UsageError(message, hint=f"for instance {_EXAMPLE}")
             values[key] = _parsed(key, value)
-        return Preprocess(**values)  # type: ignore[arg-type]  # _parsed has checked each
+        return Preprocess(**values)
 
     @property
     def channels(self) -> int:
@@ -114,7 +114,7 @@ class Preprocess:
         return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def _parsed(key: str, value: str) -> object:
+def _parsed(key: str, value: str) -> Any:
     where = f"--preprocess {key}={value}"
     if key in _CHOICES:
         if value not in _CHOICES[key]:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from octavo.ir.evaluate import Evaluator
     from octavo.ir.model import Model
 
-# Elements per value that all feeds show together; a percentile of 99.99 rests on 26 of them.
-_ELEMENTS = 1 << 18
+# Elements per value that all feeds show together; a percentile of 99.99 rests on 13 of them.
+_ELEMENTS = 1 << 17
 _LEAST_PER_FEED = 2048
 # Samples of all values wait together until they are worth a histogram each: 16 MB.
 _WAITING_ELEMENTS = 1 << 22

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import reduce
+from random import Random
 
 import numpy as np
 import pytest
@@ -44,12 +45,12 @@ def test_zeros_are_counted_apart() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(FLOATS, max_size=8), min_size=1, max_size=5), st.randoms())
 def test_any_split_and_order_gives_the_same_histogram(
-    parts: list[list[float]], rng: object
+    parts: list[list[float]], rng: Random
 ) -> None:
     arrays = [np.array(part, np.float32) for part in parts]
     whole = Histogram.of(np.concatenate(arrays))
     shuffled = list(arrays)
-    rng.shuffle(shuffled)  # type: ignore[attr-defined]
+    rng.shuffle(shuffled)
     assert same(reduce(merge, map(Histogram.of, shuffled)), whole)
     assert same(reduce(lambda a, b: merge(b, a), map(Histogram.of, arrays)), whole)
 
