@@ -14,6 +14,9 @@ from octavo.ir.errors import VerificationFailed
 
 if TYPE_CHECKING:
     from octavo.cli.compilation import Compiled, Request
+    from octavo.ir import model as ir_model
+    from octavo.ir.artifact_io import Manifest
+    from octavo.ir.calibration import Batches
     from octavo.passes.instruments import Instrument
 
 _REPRODUCERS = Path("octavo-reproducers")
@@ -103,15 +106,53 @@ def compile_(
         measure=measure,
         max_recurrent_error=max_recurrent_error,
     )
-    with (
-        open_output(output, force=force, source=model) as folder,
-        tempfile.TemporaryDirectory(prefix="octavo-") as workdir,
-    ):
-        inputs = _Inputs(model, calibration, preprocess)
-        compiled = _compile(inputs, request, Path(workdir), _instruments(dump_ir), cache)
-        manifest = compiled.write(folder)
+    work = _Work(model, calibration, preprocess, request, dump_ir, cache)
+    with open_output(output, force=force, source=model) as folder:
+        compiled, manifest = work.run(folder)
     show(compiled, manifest, output, as_json)
     _require_audit(compiled, output)
+
+
+@final
+@dataclass(frozen=True)
+class _Work:
+    """The inputs of one compilation, still as they were typed."""
+
+    model: Path
+    calibration: str
+    preprocess: str
+    request: Request
+    dump_ir: Path | None
+    cache: bool
+
+    def run(self, folder: Path) -> tuple[Compiled, Manifest]:
+        """Compile into a folder that exists."""
+        from octavo.cli.compilation import compile_model
+        from octavo.cli.progress import progress_bars
+        from octavo.ir.cache import Cache, default_folder
+        from octavo.ir.read import read
+
+        with progress_bars() as progress, tempfile.TemporaryDirectory(prefix="octavo-") as workdir:
+            source = read(self.model)
+            compiled = compile_model(
+                source,
+                calibration=self._batches(source),
+                request=self.request,
+                cache=Cache(default_folder()) if self.cache else None,
+                workdir=Path(workdir),
+                instruments=_instruments(self.dump_ir),
+                progress=progress,
+            )
+            return compiled, compiled.write(folder)
+
+    def _batches(self, source: ir_model.Model) -> Batches | None:
+        from octavo.cli.calibration_data import load_calibration
+        from octavo.cli.preprocess import Preprocess
+
+        if not self.calibration:
+            return None
+        how = Preprocess.parse(self.preprocess) if self.preprocess else None
+        return load_calibration(self.calibration, source, how)
 
 
 def _require_audit(compiled: Compiled, output: Path) -> None:
@@ -119,39 +160,6 @@ def _require_audit(compiled: Compiled, output: Path) -> None:
         message = "the audit found nodes that do not run as planned; the artifact is written"
         hint = f"octavo inspect {output} names them"
         raise VerificationFailed(message, where=str(output), hint=hint)
-
-
-@final
-@dataclass(frozen=True)
-class _Inputs:
-    model: Path
-    calibration: str
-    preprocess: str
-
-
-def _compile(
-    given: _Inputs, request: Request, workdir: Path, instruments: list[Instrument], cache: bool
-) -> Compiled:
-    from octavo.cli.calibration_data import load_calibration
-    from octavo.cli.compilation import compile_model
-    from octavo.cli.preprocess import Preprocess
-    from octavo.cli.progress import progress_bars
-    from octavo.ir.cache import Cache, default_folder
-    from octavo.ir.read import read
-
-    with progress_bars() as progress:
-        source = read(given.model)
-        how = Preprocess.parse(given.preprocess) if given.preprocess else None
-        batches = load_calibration(given.calibration, source, how) if given.calibration else None
-        return compile_model(
-            source,
-            calibration=batches,
-            request=request,
-            cache=Cache(default_folder()) if cache else None,
-            workdir=workdir,
-            instruments=instruments,
-            progress=progress,
-        )
 
 
 def _instruments(dump_ir: Path | None) -> list[Instrument]:
