@@ -258,7 +258,8 @@ def _dequantized(
 def _dequantized_operand(pattern: Pattern, name: str, value: Array) -> str:
     codes = np.clip(np.rint(value / _IN[0]) + _IN[1], 0, 255).astype(np.uint8)
     inputs = [pattern.constant(f"{name}_q", codes)]
-    inputs += [pattern.constant(f"{name}_{k}", n) for k, n in zip(("s", "z"), _IN, strict=True)]
+    scale, zero_point = _IN
+    inputs += [pattern.constant(f"{name}_s", scale), pattern.constant(f"{name}_z", zero_point)]
     return pattern.add("DequantizeLinear", inputs, f"{name}_dq")
 
 
