@@ -23,6 +23,7 @@ from octavo.passes.remove_noops import (
     remove_identity,
 )
 from octavo.passes.rewrite import Rewrite, is_op
+from octavo.passes.sink_transposes import ELEMENTWISE, sink_transpose
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,27 +34,21 @@ if TYPE_CHECKING:
     from octavo.passes.base import PassContext
     from octavo.passes.rewrite import Rule
 
-_ARITHMETIC: tuple[Rule, ...] = (remove_arithmetic, fold_affine)
-
 RULES: Mapping[str, tuple[Rule, ...]] = {
     "BatchNormalization": (fold_batchnorm,),
-    "Mul": _ARITHMETIC,
-    "Div": _ARITHMETIC,
-    "Add": _ARITHMETIC,
-    "Sub": _ARITHMETIC,
-    "Relu": (merge_activation,),
-    "Clip": (merge_activation,),
-    "Max": (merge_activation,),
-    "Min": (merge_activation,),
+    **dict.fromkeys(("Mul", "Div", "Add", "Sub"), (remove_arithmetic, fold_affine)),
+    **dict.fromkeys(("Relu", "Clip", "Max", "Min"), (merge_activation,)),
     "Pad": (fold_pad,),
-    "Identity": (remove_identity,),
-    "Dropout": (remove_identity,),
+    **dict.fromkeys(("Identity", "Dropout"), (remove_identity,)),
     "Cast": (remove_cast,),
     "Transpose": (merge_transpose,),
     "Reshape": (merge_reshape,),
 }
 
-# Tried where no rule applies: they hide from the rules what could have been folded.
+# Tried where no rule applies: folding is worth more than moving.
+MOVES: Mapping[str, tuple[Rule, ...]] = dict.fromkeys(ELEMENTWISE, (sink_transpose,))
+
+# Tried last: they hide from the rules what could have been folded.
 FORMS: Mapping[str, tuple[Rule, ...]] = {
     "Erf": (fuse_gelu,),
     "ReduceMean": (pool_mean,),
@@ -86,8 +81,10 @@ class Canonicalize(Pass):
             size = _size(model)
             rewrite.missed.clear()
             tidy(rewrite, merge_duplicates=quantized is None)
-            settled = not _sweep(rewrite, RULES) and size == _size(model)
-            changed = not settled or _sweep(rewrite, FORMS)
+            changed = size != _size(model)
+            while _sweep(rewrite, RULES) or _sweep(rewrite, MOVES):
+                changed = True
+            changed = changed or _sweep(rewrite, FORMS)
         rewrite.report()
         ctx.count("nodes-removed", before[0] - size[0])
         result = model.with_fact(Norms({**rewrite.norms, **layer_norms(model)}))

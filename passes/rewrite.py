@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, final
 
@@ -34,7 +34,7 @@ class Rewrite:
     ctx: PassContext
     norms: dict[str, Norm] = field(default_factory=dict)
     missed: dict[str, str] = field(default_factory=dict)
-    names: set[str] = field(default_factory=set)
+    names: set[str] = field(default_factory=set, init=False)
     unfolded: str = ""
 
     def __post_init__(self) -> None:
@@ -42,6 +42,7 @@ class Rewrite:
         nodes = list(graph.all_nodes())
         self.names = {v.name or "" for node in nodes for v in node.outputs}
         self.names |= {v.name or "" for v in graph.inputs} | set(graph.initializers)
+        self.names |= {node.name or "" for node in nodes}
 
     def done(self, rule: str, node: onnx_ir.Node, text: str) -> bool:
         """Report an edit; returns true so that a rule can end with it."""
@@ -86,6 +87,26 @@ class Rewrite:
         if not any(v.uses() or v.is_graph_output() for v in producer.outputs):
             _remove(producer)
 
+    def transpose_output(self, node: onnx_ir.Node, perm: Sequence[int], suffix: str) -> None:
+        """Put a Transpose behind a node; it takes over the name of what the node computed."""
+        old, graph = node.outputs[0], node.graph
+        assert graph is not None
+        new = onnx_ir.Value(name=old.name, type=old.type, shape=old.shape)
+        transpose = onnx_ir.Node(
+            "",
+            "Transpose",
+            [],
+            [onnx_ir.AttrInt64s("perm", perm)],
+            outputs=[new],
+            name=self._fresh(f"{node.name}_transpose"),
+            metadata_props=dict(node.metadata_props),
+        )
+        old.name, old.shape = self._fresh(f"{old.name}_{suffix}"), None
+        graph.insert_after(node, transpose)
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        transpose.resize_inputs(1)
+        transpose.replace_input_with(0, old)
+
     def set_constant(
         self, node: onnx_ir.Node, index: int, array: NDArray[np.generic], suffix: str
     ) -> None:
@@ -101,13 +122,17 @@ class Rewrite:
         node.replace_input_with(index, value)
 
     def _initializer(self, node: onnx_ir.Node, base: str) -> onnx_ir.Value:
-        numbered = itertools.chain([base], (f"{base}_{k}" for k in itertools.count(1)))
-        name = next(candidate for candidate in numbered if candidate not in self.names)
-        self.names.add(name)
+        name = self._fresh(base)
         value = onnx_ir.Value(name=name, const_value=onnx_ir.tensor(np.zeros(0, np.float32)))
         assert node.graph is not None
         node.graph.register_initializer(value)
         return value
+
+    def _fresh(self, base: str) -> str:
+        numbered = itertools.chain([base], (f"{base}_{k}" for k in itertools.count(1)))
+        name = next(candidate for candidate in numbered if candidate not in self.names)
+        self.names.add(name)
+        return name
 
     def report(self) -> None:
         """Remark on every node that was left alone and is still there."""

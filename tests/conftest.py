@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -136,10 +136,11 @@ def pass_context(tmp_path: Path) -> Iterator[PassContext]:
 
 
 @pytest.fixture
-def calibrated(pass_context: PassContext) -> Callable[[Model], PassContext]:
+def calibrated(pass_context: PassContext) -> Callable[..., PassContext]:
     """`calibrated(model)`: the same services, with four seeded feeds as calibration data."""
-    from dataclasses import replace
 
-    return lambda model: replace(
-        pass_context, calibration=ListedBatches(tuple(random_feed(model, k) for k in range(4)))
-    )
+    def with_calibration(model: Model, free_dimension: int = 2) -> PassContext:
+        feeds = tuple(random_feed(model, seed, free_dimension) for seed in range(4))
+        return replace(pass_context, calibration=ListedBatches(feeds))
+
+    return with_calibration
