@@ -55,13 +55,12 @@ def convert(model: onnx_ir.Model, where: str) -> None:
 def _refuse_changed_meaning(model: onnx_ir.Model, opset: int, where: str) -> None:
     """Refuse operators whose meaning ONNX's converter changes (found by running both).
 
-    It knows nothing of the batch axis of Scan in opset 8, the flattening of Hardmax before 13,
-    the round-up of a shrinking Resize in opset 10 and the groups of GroupNormalization before 21.
+    It knows nothing of the batch axis of Scan in opset 8, the flattening of Hardmax before 13
+    and the round-up of a shrinking Resize in opset 10.
     """
     for node in model.graph.all_nodes():
         if not node.domain and (
-            node.op_type == "GroupNormalization"
-            or (node.op_type == "Scan" and opset < 9)
+            (node.op_type == "Scan" and opset < 9)
             or (node.op_type == "Hardmax" and opset < 13)
             or (node.op_type == "Resize" and opset < 11 and _may_shrink(node))
         ):
@@ -84,7 +83,13 @@ def _keep_coordinates(model: onnx_ir.Model) -> None:
                 node.attributes[name] = onnx_ir.AttrString(name, value)
 
 
-def infer_shapes(model: onnx_ir.Model, where: str) -> None:
+def check_rules(model: onnx_ir.Model, where: str) -> None:
+    """Refuse what ONNX's checker refuses: unknown operators, missing inputs, wrong attributes."""
+    if why := broken_rule(without_weights(model)):
+        raise ModelError("the model breaks ONNX's rules", where=where, why=why)
+
+
+def infer_shapes(model: onnx_ir.Model) -> None:
     """Give every value the type and shape that follow from the graph inputs, in place.
 
     A declared shape stays where inference has nothing to say; one that contradicts it goes.
@@ -92,8 +97,6 @@ def infer_shapes(model: onnx_ir.Model, where: str) -> None:
     import onnx
 
     proto = without_weights(model)
-    if why := broken_rule(proto):
-        raise ModelError("the model breaks ONNX's rules", where=where, why=why)
     try:
         inferred = onnx.shape_inference.infer_shapes(
             proto, check_type=True, strict_mode=True, data_prop=True
@@ -120,6 +123,7 @@ def _take_graph(model: onnx_ir.Model, converted: onnx_ir.Model) -> None:
             if known is None:
                 continue
             value.metadata_props.update(known.metadata_props)
+            value.doc_string = known.doc_string
             value.meta.update(known.meta)
             if value.is_initializer() and known.const_value is not None:
                 value.const_value = known.const_value

@@ -13,7 +13,7 @@ import onnx_ir
 
 from octavo.ir.errors import ModelError, OctavoError, UsageError
 from octavo.ir.finite import check_finite
-from octavo.ir.infer import OPSET, convert, infer_shapes
+from octavo.ir.infer import OPSET, check_rules, convert, infer_shapes
 from octavo.ir.model import Model, Source, weight_bytes
 from octavo.ir.normalise import normalise
 from octavo.ir.safety import Inspection, check_opset
@@ -68,8 +68,9 @@ def from_ir(model: onnx_ir.Model, source: Source | None = None) -> Model:
             given = Model(model, Source(where, "", 0))
             source = Source(where, given.fingerprint, weight_bytes(given))
         normalise(model, where)
+        check_rules(model, where)
         convert(model, where)
-        infer_shapes(model, where)
+        infer_shapes(model)
         check_finite(model, where)
     return Model(model, source)
 

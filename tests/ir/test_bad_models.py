@@ -319,8 +319,15 @@ def test_sparse_indices_beyond_the_shape() -> None:
     refused(model, "indices of the sparse tensor 'w'")
 
 
-@pytest.mark.parametrize(("op_type", "opset"), [("Hardmax", 11), ("Scan", 8)])
-def test_operators_that_no_converter_understands(op_type: str, opset: int) -> None:
-    model = linear(opset=opset)
-    model.graph.node[1].op_type = op_type
-    refused(model, op_type, "'relu'")
+def test_hardmax_that_flattens() -> None:
+    model = linear(opset=11)
+    model.graph.node[1].op_type = "Hardmax"
+    refused(model, "Hardmax of opset 11", "'relu'")
+
+
+def test_resize_that_shrinks_by_its_own_rule() -> None:
+    model = linear(opset=10)
+    scales = numpy_helper.from_array(np.array([1, 0.5], np.float32), "scales")
+    model.graph.initializer.append(scales)
+    model.graph.node[1].CopyFrom(helper.make_node("Resize", ["h", "scales"], ["y"], name="resize"))
+    refused(model, "Resize of opset 10", "'resize'")
