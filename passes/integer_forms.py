@@ -11,7 +11,7 @@ from octavo.ir.fake_quant import constant
 from octavo.passes.rewrite import static_shape
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from octavo.passes.rewrite import Rewrite
 
@@ -34,8 +34,7 @@ def split_transposed_convolution(node: onnx_ir.Node, rewrite: Rewrite) -> bool:
         return False
     conv = _pointwise(node, block)
     node.graph.insert_before(node, conv)
-    attributes: dict[str, int | str] = {"blocksize": block, "mode": "CRD"}
-    substitute(node, "DepthToSpace", [conv.outputs[0]], attributes)
+    substitute(node, "DepthToSpace", [conv.outputs[0]], {"blocksize": block, "mode": "CRD"})
     return rewrite.done("transposed-convolution-split", node, "kernel = stride: pointwise Conv")
 
 
@@ -43,7 +42,7 @@ def substitute(
     node: onnx_ir.Node,
     op_type: str,
     inputs: Sequence[onnx_ir.Value | None],
-    attributes: dict[str, int | str],
+    attributes: Mapping[str, int | str | onnx_ir.TensorProtocol],
 ) -> None:
     """Another operator computes the node's output, under its name and with its metadata."""
     graph, old = node.graph, node.outputs[0]
