@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from task import Feed, session
 
 _WARM_UP, _FEWEST_ROUNDS = 3, 15
 _LARGEST_ID = 200
+_LAUNCH = Path(__file__).with_name("launch.py")
 
 
 @final
@@ -33,18 +35,17 @@ class Process:
 def run(arguments: Sequence[str | Path]) -> Process:
     """Run Python with arguments and an empty octavo cache; nothing is raised for its exit code."""
     with tempfile.TemporaryDirectory(prefix="octavo-bench-") as folder:
-        log = Path(folder, "log")
-        environment = os.environ | {"OCTAVO_CACHE": str(Path(folder, "cache"))}
-        begin = time.perf_counter()
-        with log.open("wb") as file:
-            command = [sys.executable, *map(str, arguments)]
-            process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
-            # Unlike RUSAGE_CHILDREN, this is the peak of one process and not of all before it.
-            _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - begin
-        process.returncode = os.waitstatus_to_exitcode(status)
-        text = log.read_text(errors="replace")
-        return Process(seconds, usage.ru_maxrss * 1024, text, process.returncode)
+        result = Path(folder, "result.json")
+        done = subprocess.run(
+            [sys.executable, _LAUNCH, result, sys.executable, *arguments],
+            env=os.environ | {"OCTAVO_CACHE": str(Path(folder, "cache"))},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            check=True,
+        )
+        return Process(output=done.stdout, **json.loads(result.read_text()))
 
 
 def startup_seconds(arguments: Sequence[str], runs: int = 7) -> float:

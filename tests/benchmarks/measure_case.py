@@ -10,6 +10,9 @@ from measure import Latency, Process, latencies, model_bytes, random_feed, run
 from report import Goal, Row
 from task import Task, fidelity, score
 
+from octavo.ir.artifact import Audit
+from octavo.ir.artifact_io import read_artifact
+
 _FLOAT, _OCTAVO = "FP32", "octavo"
 _AUDIT_FAILED = 4
 _PEERS = Path(__file__).with_name("peers.py")
@@ -35,6 +38,7 @@ def measure_case(case: Case, folder: Path, peers: bool, threads: int) -> list[Ro
         *_score_rows(case, task, files, threads),
         *_speed_rows(case.speeds, files, threads),
         *_process_rows(case, processes),
+        _audit_row(read_artifact(folder / "artifact").audit),
     ]
 
 
@@ -56,7 +60,7 @@ def _compile(
     if calibration is not None:
         command += ["--calibration", calibration]
     process = run([*command, *case.options])
-    if process.code not in (0, _AUDIT_FAILED):
+    if process.code not in (0, _AUDIT_FAILED) or not artifact.exists():
         message = f"octavo compile ended with code {process.code}:\n{process.output}"
         raise RuntimeError(message)
     return process
@@ -111,7 +115,7 @@ def _spread(latency: Latency) -> str:
 
 def _process_rows(case: Case, processes: Mapping[str, Process]) -> Iterator[Row]:
     """Seconds and memory of the compilers; a peer that failed has its last line instead."""
-    done = {name: process for name, process in processes.items() if process.code == 0}
+    done = {n: p for n, p in processes.items() if n == _OCTAVO or p.code == 0}
     failed = {
         name: process.output.strip().rsplit("\n", 1)[-1]
         for name, process in processes.items()
@@ -121,6 +125,14 @@ def _process_rows(case: Case, processes: Mapping[str, Process]) -> Iterator[Row]
     peaks = {name: process.peak_bytes for name, process in done.items()}
     yield Row("compile", "seconds", seconds, _at_most(case.compile_seconds), failed)
     yield Row("compile, peak memory", "bytes", peaks, _at_most(case.peak_bytes))
+
+
+def _audit_row(audit: Audit) -> Row:
+    """The share of planned nodes that run as planned; findings on the whole graph beside it."""
+    share = sum(row.ok for row in audit.rows) / max(len(audit.rows), 1)
+    missed = [f"{row.node}: {row.reason}" for row in audit.rows if not row.ok]
+    notes = {_OCTAVO: "; ".join([*audit.findings, *missed])}
+    return Row("run as planned", "score", {_OCTAVO: share}, Goal(1.0, at_least=True), notes)
 
 
 def _at_most(limit: float | None) -> Goal | None:

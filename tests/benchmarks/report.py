@@ -74,7 +74,7 @@ def _goal(row: Row) -> str:
 
 def _format(value: float, unit: Unit) -> str:
     if unit == "bytes":
-        return f"{value / 1e6:.2f} MB"
+        return f"{value / 1e6:.3f} MB"
     if unit == "speed":
         return f"{value:.2f}x"
     return f"{value:.2f} s" if unit == "seconds" else f"{value:.4f}"
