@@ -113,8 +113,7 @@ def make_session(
     profiling on. Raises ModelError with the runtime's message when the model does not load.
     """
     options = _options(threads, optimization)
-    for key, value in (config or {}).items():
-        options.add_session_config_entry(key, value)
+    _configure(options, config or {})
     if profile_prefix is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile_prefix)
@@ -135,6 +134,15 @@ def _options(threads: int, optimization: Optimization) -> Any:
     # Idle worker threads of one session would otherwise steal time from the next one.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
+
+
+def _configure(options: Any, config: Mapping[str, str]) -> None:
+    for key, value in config.items():
+        try:
+            options.add_session_config_entry(key, value)
+        except _RUNTIME_ERRORS as error:
+            message = f"onnxruntime does not accept the session option '{key[:80]}'"
+            raise ModelError(message, why=_reason(error)) from error
 
 
 def _load(model: Path | bytes, options: Any, disabled_optimizers: set[str]) -> Session:
