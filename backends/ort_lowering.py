@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,62 +25,80 @@ def lower(model: Model, path: Path) -> Artifact:
     Raises VerificationFailed when the result is not well-formed.
     """
     own = model.clone()
-    rewrite(own)
-    planned = tuple(_planned(model, own))
+    explicit = rewrite(own)
+    planned = tuple(_planned(model, own, explicit))
     _strip(own)
     verify(own, after_pass="lowering to ort-cpu")
     write(own, path)
     return Artifact(path, ORT_CPU.name, planned)
 
 
-def rewrite(own: Model) -> None:
-    """Replace every octavo node of a model by what ONNX Runtime fuses."""
+def rewrite(own: Model) -> dict[str, str]:
+    """Replace every octavo node of a model by what ONNX Runtime runs.
+
+    Returns, for the nodes whose kernel is written out, the value that kernel computes.
+    """
     graph = own.graph
-    placement = own.find(Placement) or Placement({}, {}, {})
-    for node in list(graph):
-        if node.domain == DOMAIN and node.op_type != "FakeQuantDynamic":
-            _rewrite_fake_quant(graph, node)
-    for node in list(graph):
-        option = node.metadata_props.get(OPTION, "").partition(":")[0]
-        if option == "dynamic":
-            form = rewrites.dynamic_lstm if node.op_type == "LSTM" else rewrites.integer_matmul
-            form(graph, node)
-        elif option == "weight-only":
-            rewrites.blocked_matmul(graph, node)
-        elif option == "static":
-            _integer_bias(graph, node, placement)
+    fakes = [n for n in graph if n.domain == DOMAIN and n.op_type != "FakeQuantDynamic"]
+    for fake in fakes:
+        if not _is_constant(fake):
+            rewrites.quantize_activation(graph, fake)
+    explicit = dict(_write_kernels(graph))
+    for fake in fakes:
+        if _is_constant(fake):
+            _rewrite_constant(graph, fake)
     _drop_unused(own)
+    return explicit
 
 
-def _rewrite_fake_quant(graph: onnx_ir.Graph, fake: onnx_ir.Node) -> None:
-    value = fake.inputs[0]
-    assert value is not None
-    if value.const_value is None:
-        rewrites.quantize_activation(graph, fake)
-        return
-    options = {
-        u.node.metadata_props.get(OPTION, "").partition(":")[0] for u in fake.outputs[0].uses()
-    }
-    if options == {"storage"}:
+def _write_kernels(graph: onnx_ir.Graph) -> Iterator[tuple[str, str]]:
+    """Kernels that no fusion would find, written as the runtime's own operators."""
+    for node in list(graph):
+        form = _kernel_form(node)
+        if form is not None:
+            linear = form in (rewrites.dynamic_matmul, rewrites.static_matmul)
+            tail = rewrites.linear_tail(node)[0] if linear else node
+            yield node.name or "", tail.outputs[0].name or ""
+            form(graph, node)
+
+
+def _kernel_form(node: onnx_ir.Node) -> Callable[[onnx_ir.Graph, onnx_ir.Node], None] | None:
+    option = _method(node)
+    if option == "dynamic":
+        return rewrites.dynamic_lstm if node.op_type == "LSTM" else rewrites.dynamic_matmul
+    if option == "weight-only":
+        return rewrites.blocked_matmul
+    if option == "static" and node.op_type in ("MatMul", "Gemm"):
+        weight = node.inputs[1].producer() if node.inputs[1] is not None else None
+        has_weight = weight is not None and weight.domain == DOMAIN
+        if has_weight and not _quantized_later(rewrites.linear_tail(node)[0].outputs[0]):
+            return rewrites.static_matmul
+    return None
+
+
+def _quantized_later(value: onnx_ir.Value) -> bool:
+    """Whether the output is quantized, at once or behind the activation a quantizer absorbs."""
+    readers = [use.node for use in value.uses()]
+    behind = readers[0] if len(readers) == 1 and readers[0].op_type in _ABSORBED else None
+    if behind is not None:
+        readers += [use.node for use in behind.outputs[0].uses()]
+    return any(reader.op_type == "QuantizeLinear" for reader in readers)
+
+
+def _method(node: onnx_ir.Node) -> str:
+    return node.metadata_props.get(OPTION, "").partition(":")[0]
+
+
+def _is_constant(fake: onnx_ir.Node) -> bool:
+    return fake.inputs[0] is not None and fake.inputs[0].const_value is not None
+
+
+def _rewrite_constant(graph: onnx_ir.Graph, fake: onnx_ir.Node) -> None:
+    methods = {_method(use.node) for use in fake.outputs[0].uses()}
+    if methods == {"storage"}:
         rewrites.store_constant(graph, fake)
-    elif options == {"static"}:
+    elif methods == {"static"}:
         rewrites.quantize_constant(graph, fake)
-
-
-def _integer_bias(graph: onnx_ir.Graph, node: onnx_ir.Node, placement: Placement) -> None:
-    """Only a linear node whose float output nobody quantizes needs its bias in int32."""
-    if node.op_type not in ("MatMul", "Gemm"):
-        return
-    members = [n for n in graph if placement.fused.get(n.name or "") == node.name]
-    tail = members[-1] if members else node
-    if any(use.node.op_type == "QuantizeLinear" for use in tail.outputs[0].uses()):
-        return
-    if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
-        rewrites.quantize_bias(graph, node, 2, node)
-    add = next((n for n in members if n.op_type == "Add"), None)
-    if add is not None:
-        index = next(k for k, v in enumerate(add.inputs) if v is not None and v.const_value)
-        rewrites.quantize_bias(graph, add, index, node)
 
 
 def _drop_unused(own: Model) -> None:
@@ -93,7 +111,7 @@ def _drop_unused(own: Model) -> None:
     own.graph.sort()
 
 
-def _planned(model: Model, lowered: Model) -> Iterator[PlannedNode]:
+def _planned(model: Model, lowered: Model, explicit: Mapping[str, str]) -> Iterator[PlannedNode]:
     """One row per decision, and one per node that a decision's kernel absorbs."""
     plan = model.find(Plan) or Plan({}, "")
     placement = model.find(Placement) or Placement({}, {}, {})
@@ -102,6 +120,7 @@ def _planned(model: Model, lowered: Model) -> Iterator[PlannedNode]:
     for node in model.graph:
         head = placement.fused.get(node.name or "", node.name or "")
         tails[head] = node.outputs[0].name or ""
+    tails |= explicit
     sources = {node.name or "": node for node in model.graph}
     for name, choice in plan.by_node.items():
         source = sources[name]
@@ -112,9 +131,11 @@ def _planned(model: Model, lowered: Model) -> Iterator[PlannedNode]:
             kernels, stored, original, "", dict(choice.seconds),
         )  # fmt: skip
     for name, head in placement.fused.items():
-        option = str(plan.by_node[head].option)
-        op_type = sources[name].op_type
-        reason = f"absorbed by {head}"
+        op_type, output = sources[name].op_type, sources[name].outputs[0].name or ""
+        if op_type in _ABSORBED and head in explicit:
+            yield PlannedNode(name, op_type, "float", "its input stays float", output, (), 0, 0)
+            continue
+        option, reason = str(plan.by_node[head].option), f"absorbed by {head}"
         yield PlannedNode(name, op_type, option, reason, tails[head], (), 0, 0, head)
 
 
@@ -159,6 +180,7 @@ def _constant_bytes(node: onnx_ir.Node, depth: int = 4) -> int:
     return total
 
 
+_ABSORBED = ORT_CPU.fused_activations
 _UNPACKERS = ("DequantizeLinear", "Cast", "Mul", "Gather", "MatMulInteger")
 
 

@@ -58,28 +58,56 @@ def store_constant(graph: onnx_ir.Graph, fake: onnx_ir.Node) -> None:
             use.node.replace_input_with(use.idx, unpacked)
 
 
-def integer_matmul(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
-    """`DynamicQuantizeLinear → MatMulInteger → Cast → Mul(scales)`; readers share the first.
-
-    A Gemm becomes that and an Add of its bias, its weight transposed here and not in the graph.
-    """
+def dynamic_matmul(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
+    """`DynamicQuantizeMatMul`; readers of one value share its quantization instead."""
     dynamic, fake = _producer(node, 0), _producer(node, 1)
     value, weight, params = _input(dynamic, 0), _input(fake, 0), params_of(fake)
-    codes, scale, zero = _dynamic_codes(graph, dynamic, value)
-    columns = constant(graph, f"{weight.name}_scale", params.scale)
-    transposed = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
-    weight_codes = (_transposed_codes if transposed else _codes)(graph, weight, params)
-    out = node.outputs[0].name or ""
-    product = _insert(graph, node, "MatMulInteger", [codes, weight_codes, zero], f"{out}_i32")
-    real = _insert(graph, node, "Cast", [product.outputs[0]], f"{out}_f32", {"to": 1})
-    scales = _insert(graph, node, "Mul", [scale, columns], f"{out}_scales")
-    factors = [real.outputs[0], scales.outputs[0]]
-    bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
-    if bias is None:
-        _replace(graph, node, "Mul", factors)
+    codes, scale = _columns(graph, node, weight, params)
+    tail, bias = linear_tail(node)
+    shared = _dynamic_codes(value)
+    if shared is None and len(dynamic.outputs[0].uses()) > 1:
+        shared = _quantize_dynamically(graph, dynamic, value)
+    if shared is None:
+        inputs = [value, codes, scale, None, bias]
+        _replace(graph, tail, "DynamicQuantizeMatMul", inputs, domain=MICROSOFT, name=node.name)
     else:
-        scaled = _insert(graph, node, "Mul", factors, f"{out}_scaled")
-        _replace(graph, node, "Add", [scaled.outputs[0], bias])
+        quantized, input_scale, zero = shared
+        inputs = [quantized, codes, input_scale, scale, zero, None, bias]
+        _replace(graph, tail, "MatMulIntegerToFloat", inputs, domain=MICROSOFT, name=node.name)
+
+
+def static_matmul(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
+    """`MatMulIntegerToFloat`, for a float output: as Q/DQ its bias would keep the node float."""
+    quantized, scale, zero = (_input(_producer(node, 0), k) for k in range(3))
+    fake = _producer(node, 1)
+    codes, columns = _columns(graph, node, _input(fake, 0), params_of(fake))
+    tail, bias = linear_tail(node)
+    inputs = [quantized, codes, scale, columns, zero, None, bias]
+    _replace(graph, tail, "MatMulIntegerToFloat", inputs, domain=MICROSOFT, name=node.name)
+
+
+def linear_tail(node: onnx_ir.Node) -> tuple[onnx_ir.Node, onnx_ir.Value | None]:
+    """The node that ends `x·W + b`, and `b` where it is a constant vector."""
+    if node.op_type == "Gemm":
+        return node, node.inputs[2] if len(node.inputs) > 2 else None
+    uses = list(node.outputs[0].uses())
+    add = uses[0].node if len(uses) == 1 and not node.outputs[0].is_graph_output() else None
+    if add is None or add.op_type != "Add" or add.domain:
+        return node, None
+    bias = add.inputs[1 - uses[0].idx]
+    columns = _input(node, 1).shape
+    if bias is None or bias.const_value is None or columns is None:
+        return node, None
+    return (add, bias) if list(bias.const_value.shape) == [columns[-1]] else (node, None)
+
+
+def _columns(
+    graph: onnx_ir.Graph, node: onnx_ir.Node, weight: onnx_ir.Value, params: QuantParams
+) -> tuple[onnx_ir.Value, onnx_ir.Value]:
+    """Codes `[K, N]` and their scales; a transposed Gemm weight is turned here."""
+    transposed = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
+    codes = (_transposed_codes if transposed else _codes)(graph, weight, params)
+    return codes, constant(graph, f"{weight.name}_scale", params.scale)
 
 
 def blocked_matmul(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
@@ -127,37 +155,6 @@ def dynamic_lstm(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
         if name in node.attributes
     }
     _replace(graph, node, "DynamicQuantizeLSTM", inputs, attributes, MICROSOFT)
-
-
-def quantize_bias(
-    graph: onnx_ir.Graph, node: onnx_ir.Node, index: int, linear: onnx_ir.Node
-) -> None:
-    """int32 bias of scale `s_x·s_w`: with a float one, a float output keeps the node float."""
-    bias = node.inputs[index]
-    assert bias is not None
-    assert bias.const_value is not None
-    input_scale, weight_scale = (_scale_of(linear, k) for k in (0, 1))
-    scale = (input_scale * weight_scale).astype(np.float32)
-    array = bias.const_value.numpy().reshape(-1)
-    limit = 2**31 - 1
-    codes = np.clip(np.rint(array.astype(np.float64) / scale), -limit, limit).astype(np.int32)
-    scale = np.broadcast_to(scale, codes.shape) if scale.ndim else scale
-    name = f"{bias.name}_{node.name}"
-    inputs = [
-        constant(graph, f"{name}_q", codes),
-        constant(graph, f"{name}_scale", np.ascontiguousarray(scale)),
-    ]
-    attributes = {"axis": 0} if scale.ndim else {}
-    made = _insert(graph, node, "DequantizeLinear", inputs, f"{name}_dq", attributes)
-    node.replace_input_with(index, made.outputs[0])
-
-
-def _scale_of(linear: onnx_ir.Node, index: int) -> NDArray[np.float32]:
-    scale = _producer(linear, index).inputs[1]
-    assert scale is not None
-    assert scale.const_value is not None
-    array: NDArray[np.float32] = scale.const_value.numpy()
-    return array
 
 
 def _fan_out(
@@ -233,13 +230,15 @@ def _unpack(
     return _insert(graph, reader, "Mul", [real.outputs[0], scale], unpacked).outputs[0]
 
 
-def _dynamic_codes(
+def _dynamic_codes(value: onnx_ir.Value) -> Sequence[onnx_ir.Value] | None:
+    readers = (use.node for use in value.uses())
+    return next((n.outputs for n in readers if n.op_type == "DynamicQuantizeLinear"), None)
+
+
+def _quantize_dynamically(
     graph: onnx_ir.Graph, dynamic: onnx_ir.Node, value: onnx_ir.Value
 ) -> Sequence[onnx_ir.Value]:
     name = f"{value.name}_q"
-    for node in (u.node for u in value.uses()):
-        if node.op_type == "DynamicQuantizeLinear":
-            return node.outputs
     outputs = [onnx_ir.Value(name=n) for n in (name, f"{name}_scale", f"{name}_zero_point")]
     node = onnx_ir.node("DynamicQuantizeLinear", [value], outputs=outputs, name=name)
     graph.insert_before(dynamic, node)
@@ -267,8 +266,9 @@ def _replace(
     inputs: Sequence[onnx_ir.Value | None],
     attributes: dict[str, int] | None = None,
     domain: str = "",
+    name: str | None = None,
 ) -> None:
-    """Another operator computes the node's outputs, under its name and with its metadata."""
+    """Another operator computes the node's outputs, with its metadata and (unless given) name."""
     outputs = [onnx_ir.Value(name=v.name, shape=v.shape, type=v.type) for v in node.outputs]
     made = onnx_ir.node(
         op_type,
@@ -276,7 +276,7 @@ def _replace(
         attributes=attributes or {},
         domain=domain,
         outputs=outputs,
-        name=node.name,
+        name=name or node.name,
         doc_string=node.doc_string,
         metadata_props=dict(node.metadata_props),
     )
