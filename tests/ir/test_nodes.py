@@ -15,6 +15,8 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from onnx import TensorProto
+from onnx.helper import np_dtype_to_tensor_dtype as onnx_type
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from octavo.ir.errors import OctavoError
@@ -30,6 +32,13 @@ LIST = Path(__file__).with_name("unsupported_node_cases.txt")
 CASES = 1884
 GROUPS = 6
 MACHINE = "depends on the machine"
+BITS = {
+    TensorProto.BFLOAT16: np.uint16,
+    TensorProto.FLOAT8E4M3FN: np.uint8,
+    TensorProto.FLOAT8E4M3FNUZ: np.uint8,
+    TensorProto.FLOAT8E5M2: np.uint8,
+    TensorProto.FLOAT8E5M2FNUZ: np.uint8,
+}
 FAILURES = (
     OctavoError,
     AssertionError,
@@ -82,9 +91,25 @@ def run(content: bytes, names: list[str], inputs: Sequence[Any]) -> list[Any]:
     options.log_severity_level = 4
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    arrays = [as_array(value) for value in inputs]
-    outputs: list[Any] = session.run(None, dict(zip(names, arrays, strict=False)))
-    return outputs
+    feed = dict(zip(names, map(as_array, inputs), strict=False))
+    if not any(type_of(array) in BITS for array in feed.values()):
+        outputs: list[Any] = session.run(None, feed)
+        return outputs
+    values = {name: as_ort_value(array) for name, array in feed.items()}
+    return [value.numpy() for value in session.run_with_ort_values(None, values)]
+
+
+def type_of(value: Any) -> int | None:
+    return None if value is None or isinstance(value, list) else onnx_type(value.dtype)
+
+
+def as_ort_value(array: np.ndarray) -> onnxruntime.OrtValue:
+    """A tensor of a type that numpy lacks is handed over by its bits."""
+    kind = onnx_type(array.dtype)
+    if kind not in BITS:
+        return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+    bits = np.ascontiguousarray(array).view(BITS[kind])
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, kind)
 
 
 def as_array(value: Any) -> Any:
@@ -104,7 +129,11 @@ def compare(actual: Any, truth: Any, case: NodeCase) -> None:
         np.testing.assert_array_equal(actual, truth)
     else:
         truth = np.asarray(truth)
+        if onnx_type(truth.dtype) in BITS and actual.dtype == BITS[onnx_type(truth.dtype)]:
+            actual = actual.view(truth.dtype)
         assert (actual.dtype, actual.shape) == (truth.dtype, truth.shape)
+        if onnx_type(truth.dtype) in BITS:
+            actual, truth = actual.astype(np.float32), truth.astype(np.float32)
         np.testing.assert_allclose(actual, truth, rtol=case.rtol, atol=case.atol)
 
 
