@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir.passes.common as onnx_passes
 
 from octavo.ir.subgraphs import subgraphs
+from octavo.passes.recognize_quantized import CODE_TYPES
 from octavo.passes.rewrite import constant, owned
 
 if TYPE_CHECKING:
@@ -73,9 +74,11 @@ def _forget_removed(branching: Sequence[onnx_ir.Node]) -> None:
 
 
 def _worth_folding(node: onnx_ir.Node) -> bool:
-    """Whether the result is small, or takes the place of its only source."""
+    """Whether the result is small, or takes the place of its only source; codes stay codes."""
     sources = [v.const_value for v in node.inputs if v is not None and v.const_value is not None]
     if node.domain not in ("", "ai.onnx") or not sources:
+        return False
+    if node.op_type == "Cast" and sources[0].dtype.name in CODE_TYPES:
         return False
     if node.op_type in _VIEWS and node.inputs[0] is not None and owned(node.inputs[0]):
         return True

@@ -55,8 +55,10 @@ def _pads(node: onnx_ir.Node) -> tuple[int, ...] | None:
 
 def _why_not(pad: onnx_ir.Node, reader: onnx_ir.Node, pads: tuple[int, ...]) -> str:
     half, name = len(pads) // 2, reader.name
-    if not is_op(reader, "Conv", "AveragePool", "MaxPool") or pad.outputs[0].is_graph_output():
-        return f"'{name}' cannot pad, or it is a graph output"
+    if pad.outputs[0].is_graph_output():
+        return "its output is a graph output"
+    if not is_op(reader, "Conv", "AveragePool", "MaxPool"):
+        return f"'{name}' has no padding"
     if pad.attributes.get_string("mode", "constant") != "constant":
         return "it repeats the border"
     filler = scalar(pad.inputs[2]) if len(pad.inputs) > 2 and pad.inputs[2] is not None else 0.0

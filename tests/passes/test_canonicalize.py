@@ -282,6 +282,22 @@ def test_parameters_of_a_quantized_model(pass_context: PassContext) -> None:
     assert notes == ["q", "dq", "dqw", "dqv"]
 
 
+def test_weights_stored_as_codes_and_scale(pass_context: PassContext) -> None:
+    body = """m (float[N,3] x, int8[3,4] w, float[1,4] s) => (float[N,4] y)
+    {
+      [cast] c = Cast <to = 1> (w)
+      [scale] d = Mul (c, s)
+      [mm] y = MatMul (x, d)
+    }"""
+    codes, scale = np.ones((3, 4), np.int8), np.arange(1, 5, dtype=np.float32)
+    model = model_of(body, w=codes, s=scale[None])
+    after = Canonicalize().run(model.clone(), pass_context)
+    params = after.fact(QuantizedInput).by_value["d"]
+    assert ops(after) == ["Cast", "Mul", "MatMul"]
+    assert (params.spec.dtype, params.spec.granularity) == ("s8", PerAxis(1))
+    np.testing.assert_array_equal(params.scale, scale)
+
+
 def test_float_model_has_no_quantized_input(pass_context: PassContext) -> None:
     after = Canonicalize().run(
         model_of("m (float[2] x) => (float[2] y) { y = Neg (x) }"), pass_context
