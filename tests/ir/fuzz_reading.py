@@ -81,10 +81,6 @@ def branches() -> onnx.ModelProto:
         helper.make_node("If", ["flag"], ["i"], name="if", then_branch=then, else_branch=other),
         helper.make_node("Sub", ["i", "s"], ["y"], name="subtract"),
     ]
-    weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[2, 3])
-    weight.data_location = TensorProto.EXTERNAL
-    for key, text in (("location", "w.bin"), ("offset", "8"), ("length", "24")):
-        weight.external_data.add(key=key, value=text)
     sparse = helper.make_sparse_tensor(
         numpy_helper.from_array(np.ones(2, np.float32), "s"),
         numpy_helper.from_array(np.array([1, 4], np.int64), "indices"),
@@ -95,10 +91,18 @@ def branches() -> onnx.ModelProto:
         "branches",
         [value("x", TensorProto.FLOAT, [2, 3, "n"]), value("flag", TensorProto.BOOL, [])],
         [value("y", TensorProto.FLOAT, [2, 3])],
-        [weight, numpy_helper.from_array(np.array([2], np.int64), "axes")],
+        [external_weight(), numpy_helper.from_array(np.array([2], np.int64), "axes")],
         sparse_initializer=[sparse],
     )
     return helper.make_model(graph, opset_imports=opsets, functions=[function], ir_version=8)
+
+
+def external_weight() -> TensorProto:
+    weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[2, 3])
+    weight.data_location = TensorProto.EXTERNAL
+    for key, text in (("location", "w.bin"), ("offset", "8"), ("length", "24")):
+        weight.external_data.add(key=key, value=text)
+    return weight
 
 
 def flip_bits(content: bytes, rng: random.Random) -> bytes:
