@@ -151,7 +151,8 @@ def _symbols(value: onnx_ir.Value, given: Sequence[int]) -> dict[str, int]:
     if declared is None:
         return {}
     wrong = len(given) != len(declared) or any(
-        isinstance(d, int) and d != size for d, size in zip(declared, given, strict=False)
+        size < 0 or (isinstance(d, int) and d != size)
+        for d, size in zip(declared, given, strict=False)
     )
     if wrong:
         message = f"shape {list(given)} does not fit input '{value.name}'"
