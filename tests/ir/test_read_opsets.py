@@ -70,7 +70,7 @@ def one_node(
         for k, array in enumerate(arrays)
     ]
     weights = [numpy_helper.from_array(array, f"w{k}") for k, array in enumerate(constants)]
-    names = [value.name for value in (*inputs, *weights)]
+    names = [*(value.name for value in inputs), *(tensor.name for tensor in weights)]
     node = helper.make_node(op_type, names, ["y"], name="old", **attributes)
     output = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
     graph = helper.make_graph([node], "graph", inputs, [output], weights)
