@@ -29,7 +29,7 @@ def concrete_elements(model: Model, feed: Feed) -> Mapping[str, int]:
     for node in own.graph:
         for value in node.outputs:
             value.shape = None
-    infer_shapes(own.ir, model.source.name)
+    infer_shapes(own.ir)
     values = [*own.graph.inputs, *own.graph.initializers.values()]
     values += [v for node in own.graph for v in node.outputs]
     return {v.name or "": _elements(v) for v in values}
