@@ -6,6 +6,7 @@ and an even sample cost a fraction of it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
@@ -19,24 +20,27 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from octavo.ir.calibration import Feed
     from octavo.ir.model import Model
 
 # Whole rows of the last axis are taken, because the runtime copies rows and not elements; an odd
 # step meets all rows of an image in turn.
-_PROBE = """
-    <opset_import: ["" : 21], domain: "octavo">
-    RangeProbe (x, limit, one, flat, begin, end) => (low, high, sample) {
-        real = Cast <to = 1> (x)
-        low = ReduceMin <keepdims = 0> (real)
-        high = ReduceMax <keepdims = 0> (real)
-        vector = Reshape (real, flat)
-        size = Shape (vector)
-        parts = Div (size, limit)
-        step = BitwiseOr (parts, one)
-        rows = Flatten <axis = -1> (real)
+_FUNCTIONS = (
+    """<opset_import: ["" : 21], domain: "octavo">
+    RangeProbe (x, step, begin, end) => (low, high, sample) {
+        low = ReduceMin <keepdims = 0> (x)
+        high = ReduceMax <keepdims = 0> (x)
+        rows = Flatten <axis = -1> (x)
         sample = Slice (rows, begin, end, begin, step)
-    }"""
-_KEY = (DOMAIN, "RangeProbe", "")
+    }""",
+    """<opset_import: ["" : 21], domain: "octavo">
+    RangeStep (x, limit, flat, one) => (step) {
+        vector = Reshape (x, flat)
+        elements = Shape (vector)
+        parts = Div (elements, limit)
+        step = BitwiseOr (parts, one)
+    }""",
+)
 _PREFIX = "octavo_range"
 
 
@@ -69,45 +73,96 @@ class Observation:
     high: float
 
 
-def build_probe(model: Model, values: Sequence[str], limit: int) -> RangeProbe:
-    """Probe float values of rank 1 and up, about `limit` elements of each per feed."""
-    probe = model.clone()
-    graph = probe.graph
-    named = {v.name: v for v in graph.inputs} | {v.name: v for n in graph for v in n.outputs}
-    arguments = [
-        constant(graph, f"{_PREFIX}_{name}", np.array([number], np.int64))
-        for name, number in (
-            ("limit", limit), ("one", 1), ("flat", -1), ("begin", 0), ("end", 2**62)
-        )
-    ]  # fmt: skip
-    graph.outputs.clear()
-    for index, name in enumerate(values):
-        outputs = [onnx_ir.Value(name=output) for output in _outputs(index)]
-        for output in outputs:
-            output.type = onnx_ir.TensorType(onnx_ir.DataType.FLOAT)
-        inputs = [named[name], *arguments]
-        node = onnx_ir.Node(
-            DOMAIN, _KEY[1], inputs, outputs=outputs, name=f"{_PREFIX}_probe_{index}"
-        )
-        graph.append(node)
-        graph.outputs.extend(outputs)
-    probe.ir.functions[_KEY] = _function()
-    probe.ir.opset_imports[DOMAIN] = 1
-    return RangeProbe(_only_needed(probe), tuple(values))
-
-
-def _only_needed(probe: Model) -> Model:
+def build_probe(model: Model, values: Sequence[str], limit: int, feed: Feed) -> RangeProbe:
+    """Probe float values of rank 1 and up: some `limit` elements of each in feeds like `feed`."""
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+    probe = model.clone()
+    builder = _Builder(probe.graph, limit, _symbols(probe, feed))
+    named = {v.name: v for v in probe.graph.inputs}
+    named |= {v.name: v for node in probe.graph for v in node.outputs}
+    outputs = [builder.probe(named[name], index) for index, name in enumerate(values)]
+    probe.graph.outputs.clear()
+    probe.graph.outputs.extend(output for three in outputs for output in three)
+    for function in map(_function, _FUNCTIONS):
+        probe.ir.functions[function.identifier()] = function
+    probe.ir.opset_imports[DOMAIN] = 1
     RemoveUnusedNodesPass()(probe.ir)
-    return probe
+    return RangeProbe(probe, tuple(values))
+
+
+@final
+@dataclass(frozen=True)
+class _Builder:
+    graph: onnx_ir.Graph
+    limit: int
+    sizes: Mapping[str, int]
+
+    def probe(self, value: onnx_ir.Value, index: int) -> Sequence[onnx_ir.Value]:
+        """Low, high and sample of one value."""
+        if value.dtype != onnx_ir.DataType.FLOAT:
+            value = self._add("Cast", [value], index, {"to": onnx_ir.DataType.FLOAT}, "")[0]
+        inputs = [value, self._step(value, index), self._number(0), self._number(2**62)]
+        outputs = self._add("RangeProbe", inputs, index, count=3)
+        for output, name in zip(outputs, _outputs(index), strict=True):
+            output.name = name
+            output.type = onnx_ir.TensorType(onnx_ir.DataType.FLOAT)
+        return outputs
+
+    def _step(self, value: onnx_ir.Value, index: int) -> onnx_ir.Value:
+        """Known when the model is built where the shape is, or else when it runs."""
+        elements = _elements(value, self.sizes)
+        if elements is not None:
+            return self._number(elements // self.limit | 1)
+        numbers = [self._number(number) for number in (self.limit, -1, 1)]
+        return self._add("RangeStep", [value, *numbers], index)[0]
+
+    def _number(self, number: int) -> onnx_ir.Value:
+        return constant(self.graph, f"{_PREFIX}_{number}", np.array([number], np.int64))
+
+    def _add(
+        self,
+        op_type: str,
+        inputs: Sequence[onnx_ir.Value],
+        index: int,
+        attributes: Mapping[str, int] | None = None,
+        domain: str = DOMAIN,
+        count: int = 1,
+    ) -> Sequence[onnx_ir.Value]:
+        name = f"{_PREFIX}_{op_type}_{index}"
+        node = onnx_ir.node(
+            op_type, inputs, attributes, domain=domain, num_outputs=count, name=name
+        )
+        for k, output in enumerate(node.outputs):
+            output.name = f"{name}_{k}"
+        self.graph.append(node)
+        return node.outputs
+
+
+def _symbols(model: Model, feed: Feed) -> dict[str, int]:
+    """The sizes that a feed gives to symbolic dimensions."""
+    return {
+        dim.value: size
+        for value in model.graph.inputs
+        if value.shape is not None and value.name is not None and value.name in feed
+        for dim, size in zip(value.shape, feed[value.name].shape, strict=True)
+        if isinstance(dim, onnx_ir.SymbolicDim) and dim.value is not None
+    }
+
+
+def _elements(value: onnx_ir.Value, sizes: Mapping[str, int]) -> int | None:
+    if value.shape is None:
+        return None
+    dims = [dim if isinstance(dim, int) else sizes.get(dim.value or "") for dim in value.shape]
+    known = [dim for dim in dims if dim is not None]
+    return math.prod(known) if len(known) == len(dims) else None
 
 
 def _outputs(index: int) -> tuple[str, str, str]:
     return (f"{_PREFIX}_low_{index}", f"{_PREFIX}_high_{index}", f"{_PREFIX}_sample_{index}")
 
 
-def _function() -> onnx_ir.Function:
+def _function(text: str) -> onnx_ir.Function:
     import onnx.parser
 
-    return onnx_ir.serde.deserialize_function(onnx.parser.parse_function(_PROBE))
+    return onnx_ir.serde.deserialize_function(onnx.parser.parse_function(text))

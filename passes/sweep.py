@@ -39,9 +39,11 @@ def sweep_ranges(
     """
     if not names:
         return {}
-    per_feed = _samples_per_feed(batches)
+    # All feeds are about as large as the first.
+    first = next(iter(batches), {})
+    per_feed = next((a.shape[0] for a in first.values() if a.shape), 1)
     limit = max(_LEAST_PER_FEED, _ELEMENTS * per_feed // max(batches.samples, 1))
-    probe = build_probe(model, names, limit)
+    probe = build_probe(model, names, limit, first)
     collected = _Collected({name: Histogram.empty() for name in names})
     stream = evaluator.stream(probe.model, batches, probe.outputs)
     for feed, arrays in enumerate(stream, start=1):
@@ -49,12 +51,6 @@ def sweep_ranges(
             collected.add(name, probe.read(arrays, index), feed)
         progress("calibrate", min(feed * per_feed, batches.samples), batches.samples)
     return collected.settle()
-
-
-def _samples_per_feed(batches: Batches) -> int:
-    """The first axis of the first feed; the others are about as large."""
-    shapes = (array.shape for array in next(iter(batches), {}).values())
-    return next((shape[0] for shape in shapes if shape), 1)
 
 
 @final
