@@ -25,6 +25,7 @@ def merge_activation(node: onnx_ir.Node, rewrite: Rewrite) -> bool:
     if own is None or source is None:
         return False
     if own == _FREE:
+        node.replace_input_with(0, source)
         return rewrite.drop(node) and rewrite.done("activation-merged", node, "does nothing")
     producer = source.producer()
     inner_index, inner = bounds_of(producer) if producer is not None else (0, None)
