@@ -120,7 +120,7 @@ def _gemm_conditions(transposed: int) -> tuple[Condition, ...]:
 
 def _gemm(transposed: int) -> KernelRow:
     return KernelRow(
-        "Gemm", "static", (f"{MICROSOFT}::QGemm",), weights=(1,), weight_axis=1 - transposed,
+        "Gemm", "static", _INTEGER_MATMUL, weights=(1,), weight_axis=1 - transposed,
         bias=2, output="either", conditions=_gemm_conditions(transposed), speed=0.32,
     )  # fmt: skip
 
