@@ -6,18 +6,23 @@ A file holds cases separated by `// -----`:
     <model in ONNX text>
     // ----->
     <expected model>
+    // FACT Norms n = kind=batch gamma=[1 2] …
     // REMARK missed "why" @node
 
-The text after RUN is a pipeline; the case shows the graph after it and the remarks of its last
-pass. `pytest --update-golden` rewrites everything after the arrow.
+The text after RUN is a pipeline; the case shows the graph after it, and the new facts and the
+remarks of its last pass. `pytest --update-golden` rewrites everything after the arrow.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import onnx
 import onnx_ir
 import pytest
@@ -27,9 +32,10 @@ from octavo.passes.pipeline import Pipeline
 from octavo.passes.registry import PASSES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from octavo.ir.calibration import Feed
+    from octavo.ir.facts import Fact
     from octavo.ir.model import Model
     from octavo.passes.base import PassContext
     from octavo.passes.pipeline import Compilation
@@ -68,16 +74,48 @@ def _case(file: Path, index: int, block: str) -> Case:
 
 
 def shown(compilation: Compilation) -> str:
-    """The graph and the remarks of the last pass, as they stand in a golden file."""
+    """The graph, the new facts and the remarks of the last pass, as a golden file has them."""
     proto = onnx_ir.to_proto(compilation.model.ir)
     proto.ClearField("producer_name")
     proto.ClearField("producer_version")
+    del proto.functions[:]
     del proto.graph.value_info[:]
-    remarks = [
-        f'// REMARK {remark.kind} "{remark.text}" @{remark.where}'
-        for remark in compilation.records[-1].remarks
+    record = compilation.records[-1]
+    facts = [
+        fact
+        for kind, fact in compilation.model.facts.items()
+        if kind.__name__ in record.facts_added
     ]
-    return "\n".join([onnx.printer.to_text(proto).strip(), *remarks, ""])
+    lines = [line for fact in facts for line in fact_lines(fact)]
+    remarks = [f'// REMARK {r.kind} "{r.text}" @{r.where}' for r in record.remarks]
+    return "\n".join([_rounded(onnx.printer.to_text(proto).strip()), *lines, *remarks, ""])
+
+
+def fact_lines(fact: Fact) -> Iterator[str]:
+    """One line per entry of a fact's mappings; numbers have four digits."""
+    for field in dataclasses.fields(cast("Any", fact)):
+        entries = getattr(fact, field.name)
+        if isinstance(entries, Mapping):
+            for key, entry in entries.items():
+                yield f"// FACT {type(fact).__name__} {key} = {_text(entry)}"
+
+
+def _text(entry: object) -> str:
+    if isinstance(entry, float):
+        return f"{entry:.4g}"
+    if isinstance(entry, np.ndarray):
+        return np.array2string(entry, precision=4)
+    if isinstance(entry, Mapping):
+        return "{" + ", ".join(f"{k}: {_text(v)}" for k, v in entry.items()) + "}"
+    if dataclasses.is_dataclass(entry) and type(entry).__str__ is object.__str__:
+        values = {f.name: getattr(entry, f.name) for f in dataclasses.fields(entry)}
+        return " ".join(f"{k}={_text(v)}" for k, v in values.items() if v is not None)
+    return str(entry)
+
+
+def _rounded(text: str) -> str:
+    """Floats with five digits: the last ones differ between processors."""
+    return re.sub(r"\d+\.\d{5,}", lambda number: f"{float(number[0]):.5g}", text)
 
 
 FILES = sorted(FOLDER.glob("*.txt"))
