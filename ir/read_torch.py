@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 OPSET = 21
 BATCH = "batch"
 _OPERATOR = re.compile(r"No ONNX function found for <OpOverload\(op='([^']+)', overload='(\w+)'")
-# What torch records about the machine and the source text of the author.
-_PRIVATE = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node", "namespace")
+# Of torch's notes on the export, the path of the module a node comes from is kept.
+_SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def read_torch(
@@ -175,9 +175,7 @@ def _normalise(graph: onnx_ir.Model, where: str) -> Model:
             hint="call module.eval() before torch.export.export",
         )
     _own_weights(graph)
-    for node in graph.graph.all_nodes():
-        for key in _PRIVATE:
-            node.metadata_props.pop(key, None)
+    _drop_notes(graph.graph)
     model = read(graph)
     return replace(model, source=replace(model.source, name=where))
 
@@ -193,6 +191,16 @@ def _own_weights(graph: onnx_ir.Model) -> None:
             array = np.array(tensor.numpy(), order="C")
             copies[id(tensor)] = onnx_ir.Tensor(array, dtype=tensor.dtype, name=tensor.name)
         value.const_value = copies[id(tensor)]
+
+
+def _drop_notes(graph: onnx_ir.Graph) -> None:
+    """Remove what torch notes about source lines of the author, its own graph and its names."""
+    nodes = list(graph.all_nodes())
+    values = [*graph.inputs, *graph.initializers.values(), *(v for n in nodes for v in n.outputs)]
+    for notes in (graph.metadata_props, *(owner.metadata_props for owner in (*nodes, *values))):
+        for key in [k for k in notes if k.startswith("pkg.torch.") or k == "namespace"]:
+            if key != _SCOPES:
+                del notes[key]
 
 
 def _failure(error: Exception, where: str) -> ModelError:

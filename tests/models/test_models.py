@@ -164,7 +164,7 @@ def test_bert_block_is_the_post_norm_encoder_layer_of_torch() -> None:
 def test_a_decoder_is_causal_and_ties_its_head(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = Llama(
-        width=12, blocks=2, heads=3, kv_heads=1, wide=20, vocabulary=3000, epsilon=1e-5, theta=1e4
+        width=12, blocks=1, heads=3, kv_heads=1, wide=20, vocabulary=3000, epsilon=1e-5, theta=1e4
     )  # fmt: skip
     path = tmp_path / "model.onnx"
     ids = torch.ones(2, 4, dtype=torch.int64)
