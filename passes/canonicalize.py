@@ -11,6 +11,7 @@ from octavo.passes.find_layer_norms import layer_norms
 from octavo.passes.fold_constants import tidy
 from octavo.passes.fold_norms import fold_affine, fold_batchnorm
 from octavo.passes.fold_pads import fold_pad
+from octavo.passes.fold_shapes import fold_dimension, infer_reshape
 from octavo.passes.fuse_gelu import fuse_gelu
 from octavo.passes.integer_forms import pool_mean, split_transposed_convolution
 from octavo.passes.merge_activations import merge_activation
@@ -42,7 +43,8 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
     **dict.fromkeys(("Identity", "Dropout"), (remove_identity,)),
     "Cast": (remove_cast,),
     "Transpose": (merge_transpose,),
-    "Reshape": (merge_reshape,),
+    "Reshape": (merge_reshape, infer_reshape),
+    "Gather": (fold_dimension,),
 }
 
 # Tried where no rule applies: folding is worth more than moving.
