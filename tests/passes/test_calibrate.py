@@ -18,6 +18,7 @@ from octavo.passes.base import PassContext, Statistic
 from octavo.passes.calibrate import Calibrate
 from octavo.passes.clipping import choose_interval
 from octavo.passes.histogram import Histogram
+from octavo.passes.range_probe import build_probe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -134,6 +135,22 @@ def test_intervals_of_the_sample_are_near_those_of_all_elements(
         # Two steps of the search grid; the sample holds an eighth of the elements.
         assert ranges[name].low == pytest.approx(low, rel=0.09, abs=1e-6)
         assert ranges[name].high == pytest.approx(high, rel=0.09)
+
+
+def test_a_step_found_at_run_time_equals_the_one_known_before(
+    model: Model, pass_context: PassContext
+) -> None:
+    (feed,) = feeds(1)
+    names = ["conv", "relu", "flat"]
+    known, unknown = (build_probe(model, names, 100, f) for f in (feed, {}))
+    assert any(n.op_type == "RangeStep" for n in unknown.model.graph)
+    assert all(n.op_type != "RangeStep" for n in known.model.graph)
+    shown = [pass_context.evaluator.run(probe.model, feed) for probe in (known, unknown)]
+    for name in known.outputs:
+        assert np.array_equal(shown[0][name], shown[1][name])
+    for index, elements in enumerate((12_800, 12_800, 8)):
+        sample = known.read(shown[0], index).sample
+        assert min(elements, 40) / 2 <= sample.size <= 200
 
 
 def test_the_graph_does_not_change(model: Model, pass_context: PassContext) -> None:
