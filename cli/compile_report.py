@@ -79,7 +79,9 @@ def _lines(compiled: Compiled, manifest: Manifest, output: Path) -> Iterator[str
         yield "calibration: none given (--calibration), so activations have no static parameters"
     yield f"pipeline:    {manifest.pipeline}"
     shapes = ", ".join(f"{name} {shape}" for name, shape in timing.shapes.items())
-    yield f"measured:    {shapes}; {timing.rounds} rounds; {timing.environment}"
+    sampled = compiled.calibration is not None and not compiled.request.shapes
+    feed = "a calibration sample" if sampled else "random numbers"
+    yield f"measured:    {feed}, {shapes}; {timing.rounds} rounds; {timing.environment}"
     yield f"seed:        {manifest.seed}"
     yield from (f"note:        {note}" for note in compiled.notes)
     if timing.rows[-1].speed < 1:

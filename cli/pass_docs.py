@@ -44,12 +44,9 @@ def summary(pass_: type[Pass]) -> str:
 
 
 def _page(pass_: type[Pass], goldens: Path) -> str:
-    parts = [
-        f"# {pass_.name}",
-        inspect.cleandoc(pass_.__doc__ or ""),
-        _options(pass_),
-        _facts(pass_),
-    ]
+    # Each bold heading of a docstring starts a paragraph of its own.
+    text = inspect.cleandoc(pass_.__doc__ or "").replace("\n**", "\n\n**")
+    parts = [f"# {pass_.name}", text, _options(pass_), _facts(pass_)]
     if example := _example(pass_.name, goldens):
         parts.append(f"## Example\n\n```\n{example}\n```")
     return "\n\n".join(parts) + "\n"

@@ -25,12 +25,10 @@ def write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
 def read_arrays(path: Path) -> dict[str, Array]:
     """The arrays of an .npz file; ValueError where it is none, OSError where it is not there."""
     try:
-        # numpy leaves a file open that it cannot read.
         with path.open("rb") as file:
-            stored = np.load(file, allow_pickle=False)
-            if isinstance(stored, np.lib.npyio.NpzFile):
-                return dict(stored)
+            if not zipfile.is_zipfile(file):
+                raise ValueError("the file is no zip archive")
+            file.seek(0)
+            return dict(np.load(file, allow_pickle=False))
     except (EOFError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(str(error)) from None
-    message = "a single array without a name"
-    raise ValueError(message)

@@ -31,8 +31,13 @@ class OctavoError(Exception):
 
     def __str__(self) -> str:
         parts = (("where", self.where), ("why", self.why), ("hint", self.hint))
-        lines = [f"  {label + ':':<7}{text}" for label, text in parts if text]
+        lines = [f"  {label + ':':<7}{_indented(text)}" for label, text in parts if text]
         return "\n".join([self.what, *lines])
+
+
+def _indented(text: str) -> str:
+    """Later lines below the first, so that a caret stays under its character."""
+    return text.strip().replace("\n", f"\n{' ' * 9}")
 
 
 class UsageError(OctavoError):

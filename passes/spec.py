@@ -156,7 +156,7 @@ def _kebab(name: str) -> str:
 
 
 def _caret(text: str, position: int) -> str:
-    return f"{text}\n         {' ' * position}^"
+    return f"{text}\n{' ' * position}^"
 
 
 def _syntax(text: str, position: int) -> UsageError:

@@ -183,5 +183,5 @@ def test_archives_carry_no_date(tmp_path: Path) -> None:
 
 def test_a_single_array_is_no_archive(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.zeros(2))
-    with pytest.raises(ValueError, match="without a name"):
+    with pytest.raises(ValueError, match="no zip archive"):
         read_arrays(tmp_path / "a.npy")

@@ -120,8 +120,9 @@ def test_a_caret_points_at_the_character(text: str, column: int) -> None:
     with pytest.raises(UsageError, match="cannot be read") as caught:
         parse_passes(text, REGISTRY)
     first, second = caught.value.where.split("\n")
-    # Messages print `where` after nine characters.
-    assert (first, second.index("^") - 9) == (text, column)
+    assert (first, second.index("^")) == (text, column)
+    printed = str(caught.value).splitlines()
+    assert printed[2].index("^") - printed[1].index(text) == column
 
 
 def test_an_unknown_preset_comes_with_its_neighbours() -> None:
