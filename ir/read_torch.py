@@ -197,7 +197,9 @@ def _drop_notes(graph: onnx_ir.Graph) -> None:
     """Remove what torch notes about source lines of the author, its own graph and its names."""
     nodes = list(graph.all_nodes())
     values = [*graph.inputs, *graph.initializers.values(), *(v for n in nodes for v in n.outputs)]
-    for notes in (graph.metadata_props, *(owner.metadata_props for owner in (*nodes, *values))):
+    of_nodes = (node.metadata_props for node in nodes)
+    of_values = (value.metadata_props for value in values)
+    for notes in (graph.metadata_props, *of_nodes, *of_values):
         for key in [k for k in notes if k.startswith("pkg.torch.") or k == "namespace"]:
             if key != _SCOPES:
                 del notes[key]
