@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, final
 import onnx
 
 from octavo.backends.ort_profile import KernelTime, Subject, origin, profile
+from octavo.backends.ort_reasons import why_float
 from octavo.backends.ort_session import environment
 from octavo.backends.ort_target import MICROSOFT, ORT_CPU
 from octavo.ir.artifact import Artifact, Audit, AuditRow, PlannedNode
@@ -151,7 +153,7 @@ class _Runtime:
         if not candidates:
             merged = planned.op_type in _MOVEMENT
             return ("merged", "") if merged else ("", "no kernel has its name or its output")
-        return kernel, self.why_float(planned, candidates[0])
+        return kernel, why_float(planned, kernel, self.lowered)
 
     def on_codes(self, node: onnx.NodeProto) -> bool:
         """Whether a kernel that exists for floats too was given codes."""
@@ -159,43 +161,6 @@ class _Runtime:
             return True
         time = self.times.get(node.name)
         return time is not None and any(dtype in _CODES for dtype, _ in time.inputs)
-
-    def why_float(self, planned: PlannedNode, kernel: onnx.NodeProto) -> str:
-        """The first rule of the runtime that the lowered graph breaks around the node."""
-        lowered = {name: node for node in self.lowered.node for name in node.output}
-        node = next((n for n in self.lowered.node if n.name == planned.node), None)
-        if node is None:
-            return "onnxruntime kept it float"
-        readers = Counter(name for n in self.lowered.node for name in n.input)
-        for name in node.input:
-            made = lowered.get(name)
-            if made is not None and made.op_type == "DequantizeLinear" and readers[name] > 1:
-                return f"DequantizeLinear '{made.name}' has {readers[name]} readers"
-        plain = [n for n in node.input if n not in lowered and n not in self.constants]
-        if any(n not in self.lowered_constants for n in plain):
-            return f"input '{plain[0]}' is not quantized"
-        quantized = {n.input[0] for n in self.lowered.node if n.op_type == "QuantizeLinear"}
-        if planned.output not in quantized and self.needs_output(planned):
-            return "no quantizer on the output"
-        if planned.output not in quantized and self.lacks_zero_point(node):
-            return "a weight without zero point, and no quantizer on the output"
-        if kernel.op_type.startswith("Fused"):
-            return "its activation does not saturate where the output's quantizer does"
-        return "onnxruntime kept it float"
-
-    def lacks_zero_point(self, node: onnx.NodeProto) -> bool:
-        made = [n for n in self.lowered.node if n.output[0] in node.input[:2]]
-        return any(n.op_type == "DequantizeLinear" and len(n.input) < 3 for n in made)
-
-    @cached_property
-    def lowered_constants(self) -> frozenset[str]:
-        return frozenset(t.name for t in self.lowered.initializer)
-
-    def needs_output(self, planned: PlannedNode) -> bool:
-        rows = [
-            r for r in ORT_CPU.rows if (r.op_type, r.kernels) == (planned.op_type, planned.kernels)
-        ]
-        return any(row.output == "quantized" for row in rows)
 
     def absorbed_row(self, planned: PlannedNode, head: AuditRow) -> AuditRow:
         """What a kernel absorbs shares its verdict; it may still run on its own, as float."""
@@ -220,12 +185,11 @@ class _Runtime:
         used = [name for name in node.input if name]
         if not used or any(name not in self.constants for name in used):
             return
-        time = self.times.get(node.name)
-        elements = max((count for _, count in time.outputs), default=0) if time else 0
+        elements = max(math.prod(self.constants[name].dims) for name in used)
         if elements >= _SMALL_ELEMENTS:
             yield (
-                f"{node.op_type} '{node.name}' computes {elements} elements from the constant "
-                f"'{used[0]}' in every run"
+                f"{node.op_type} '{node.name}' converts the {elements} elements of '{used[0]}' "
+                "in every run"
             )
 
     def slow_operands(self, node: onnx.NodeProto) -> Iterator[str]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from octavo.backends import ort_layout as layout
 from octavo.backends import ort_rewrites as rewrites
 from octavo.backends.ort_target import MICROSOFT, ORT_CPU
 from octavo.ir.artifact import Artifact, PlannedNode
@@ -43,7 +44,9 @@ def rewrite(own: Model) -> dict[str, str]:
     for fake in fakes:
         if not _is_constant(fake):
             rewrites.quantize_activation(graph, fake)
-    explicit = dict(_write_kernels(graph))
+            if fake.graph is graph:
+                graph.remove(fake, safe=True)
+    explicit = dict(_write_kernels(graph)) | dict(_move_pixels(graph))
     for fake in fakes:
         if _is_constant(fake):
             _rewrite_constant(graph, fake)
@@ -60,6 +63,14 @@ def _write_kernels(graph: onnx_ir.Graph) -> Iterator[tuple[str, str]]:
             tail = rewrites.linear_tail(node)[0] if linear else node
             yield node.name or "", tail.outputs[0].name or ""
             form(graph, node)
+
+
+def _move_pixels(graph: onnx_ir.Graph) -> Iterator[tuple[str, str]]:
+    for node in list(graph):
+        if node.op_type in ("Resize", "DepthToSpace") and _method(node) == "static":
+            codes = layout.move_pixels(graph, node)
+            if codes is not None:
+                yield node.name or "", codes
 
 
 def _kernel_form(node: onnx_ir.Node) -> Callable[[onnx_ir.Graph, onnx_ir.Node], None] | None:
@@ -124,7 +135,8 @@ def _planned(model: Model, lowered: Model, explicit: Mapping[str, str]) -> Itera
     sources = {node.name or "": node for node in model.graph}
     for name, choice in plan.by_node.items():
         source = sources[name]
-        kernels = _kernels(source, choice)
+        moved = source.op_type in ("Resize", "DepthToSpace") and name in explicit
+        kernels = layout.KERNELS if moved else _kernels(source, choice)
         stored, original = _weight_bytes(source, nodes.get(name))
         yield PlannedNode(
             name, source.op_type, str(choice.option), choice.reason, tails.get(name, ""),

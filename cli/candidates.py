@@ -130,11 +130,10 @@ def fastest(
     first = build("estimated", ctx)
     if not measured.request.measure or not first.methods:
         return first, ("latency was not measured: the plan rests on estimates",)
-    candidates = [first]
     own = replace(ctx, cost=_measured_cost(first, ctx, measured))
     second = build("measured", own)
-    if second.methods != first.methods:
-        candidates.append(second)
+    # The same plan either way: the one that knows the measured seconds is reported.
+    candidates = [second] if second.methods == first.methods else [first, second]
     notes = _add_recurrent(build, own, measured, candidates)
     speeds = measured.speeds(candidates)
     if max(speeds) < 1.0:

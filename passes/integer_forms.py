@@ -27,14 +27,14 @@ def pool_mean(node: onnx_ir.Node, rewrite: Rewrite) -> bool:
 def split_transposed_convolution(node: onnx_ir.Node, rewrite: Rewrite) -> bool:
     """A `ConvTranspose` whose kernel is its stride is a 1x1 `Conv` and a `DepthToSpace`.
 
-    Every output pixel reads one input pixel: `[C, O, b, b]` becomes `[O·b·b, C, 1, 1]`, exact.
+    Every output pixel reads one input pixel: `[C, O, b, b]` becomes `[b·b·O, C, 1, 1]`, exact.
     """
     block = _block(node)
     if block is None or node.graph is None:
         return False
     conv = _pointwise(node, block)
     node.graph.insert_before(node, conv)
-    substitute(node, "DepthToSpace", [conv.outputs[0]], {"blocksize": block, "mode": "CRD"})
+    substitute(node, "DepthToSpace", [conv.outputs[0]], {"blocksize": block, "mode": "DCR"})
     return rewrite.done("transposed-convolution-split", node, "kernel = stride: pointwise Conv")
 
 
@@ -107,11 +107,12 @@ def _pointwise(node: onnx_ir.Node, block: int) -> onnx_ir.Node:
     assert weight.const_value is not None
     assert graph is not None
     array = weight.const_value.numpy()
-    pointwise = np.ascontiguousarray(array.reshape(array.shape[0], -1).T)[:, :, None, None]
+    rows = array.transpose(2, 3, 1, 0).reshape(-1, array.shape[0])
+    pointwise = np.ascontiguousarray(rows)[:, :, None, None]
     inputs = [node.inputs[0], constant(graph, f"{node.name}_pointwise_weight", pointwise)]
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is not None and bias.const_value is not None:
-        repeated = np.repeat(bias.const_value.numpy(), block * block)
+        repeated = np.tile(bias.const_value.numpy(), block * block)
         inputs.append(constant(graph, f"{node.name}_pointwise_bias", repeated))
     conv = onnx_ir.node(
         "Conv",
