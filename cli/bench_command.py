@@ -15,6 +15,7 @@ from octavo.cli.render import (
     print_json,
     print_message,
     print_table,
+    print_warning,
 )
 from octavo.ir.errors import UsageError
 
@@ -43,11 +44,12 @@ def bench(
     """Time models against each other.
 
     Warm-up, then rounds that run every file once; medians are shown. Stops early when every
-    speed is known to 1 %.
+    speed is known to 1 %. An artifact alone is compared with its source, where that lies in this
+    folder or beside the artifact.
     """
     from octavo.backends.bench import bench as measure
 
-    files, config = _files(models)
+    files, config = _files(models if len(models) > 1 else _with_source(models[0]))
     feed = _feed(files[0], data, parse_shapes(shape or ()))
     result = measure(
         files, feed, threads=threads, rounds=rounds, seconds_limit=seconds, config=config
@@ -69,6 +71,25 @@ def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
             raise UsageError(message, hint="write NAME=1x3x224x224")
         shapes[name] = tuple(map(int, parts))
     return shapes
+
+
+def _with_source(path: Path) -> list[Path]:
+    """An artifact after the file it was compiled from, found by name and hash; else alone."""
+    import hashlib
+
+    from octavo.ir.artifact_io import is_artifact, read_artifact
+
+    if not is_artifact(path):
+        return [path]
+    source = read_artifact(path).manifest.source
+    for folder in (Path(), path.parent):
+        file = folder / source.name
+        if file.is_file() and file.stat().st_size == source.bytes:
+            with file.open("rb") as content:
+                if hashlib.file_digest(content, "sha256").hexdigest() == source.sha256:
+                    return [file, path]
+    print_warning(f"the source {source.name} is not here; give its file first to compare")
+    return [path]
 
 
 def _files(models: Sequence[Path]) -> tuple[list[Path], dict[Path, Mapping[str, str]]]:

@@ -14,6 +14,7 @@ from octavo.ir.errors import VerificationFailed
 
 if TYPE_CHECKING:
     from octavo.cli.compilation import Compiled, Request
+    from octavo.cli.progress import Progress
     from octavo.ir import model as ir_model
     from octavo.ir.artifact_io import Manifest
     from octavo.ir.calibration import Batches
@@ -140,7 +141,7 @@ class _Work:
                 request=self.request,
                 cache=Cache(default_folder()) if self.cache else None,
                 workdir=Path(workdir),
-                instruments=_instruments(self.dump_ir),
+                instruments=_instruments(self.dump_ir, progress),
                 progress=progress,
             )
             return compiled, compiled.write(folder)
@@ -162,9 +163,9 @@ def _require_audit(compiled: Compiled, output: Path) -> None:
         raise VerificationFailed(message, where=str(output), hint=hint)
 
 
-def _instruments(dump_ir: Path | None) -> list[Instrument]:
-    from octavo.passes.instruments import DumpText, PeakMemory
+def _instruments(dump_ir: Path | None, progress: Progress) -> list[Instrument]:
+    from octavo.passes.instruments import DumpText, PeakMemory, ShowProgress
     from octavo.passes.reproducer import Reproducer
 
     dumps = [DumpText(dump_ir)] if dump_ir is not None else []
-    return [PeakMemory(), Reproducer(_REPRODUCERS), *dumps]
+    return [PeakMemory(), ShowProgress(progress), Reproducer(_REPRODUCERS), *dumps]

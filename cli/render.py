@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated
 
 import typer
@@ -32,8 +33,8 @@ def print_warning(text: str) -> None:
 
 
 def print_json(content: object) -> None:
-    """A JSON document on standard output; dataclasses must have been turned into dicts."""
-    print(json.dumps(content, indent=1))
+    """A JSON document on standard output; what is no finite number becomes null."""
+    print(json.dumps(_finite(content), indent=1, allow_nan=False))
 
 
 def print_table(
@@ -88,6 +89,14 @@ def format_seconds(seconds: float | None) -> str:
     if seconds >= 1:
         return f"{seconds:.2f} s"
     return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} µs"
+
+
+def _finite(content: object) -> object:
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _is_number(cell: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, final
@@ -13,6 +13,8 @@ from octavo.passes.record import GraphDiff, PassRecord, line, summarise, write_r
 from octavo.passes.spec import format_pass
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from octavo.ir.model import Model
     from octavo.passes.base import Pass, PassContext
     from octavo.passes.record import Header
@@ -64,6 +66,21 @@ class PeakMemory(Instrument):
 
     def after_pass(self, step: Step, record: PassRecord, model: Model) -> PassRecord:
         return replace(record, peak_bytes=peak_resident_bytes())
+
+
+@final
+class ShowProgress(Instrument):
+    """Says which pass runs."""
+
+    def __init__(self, progress: Callable[[str, int, int], None]) -> None:
+        self._progress = progress
+
+    def before_pass(self, step: Step) -> None:
+        self._progress(step.pass_.name, 0, 1)
+
+    def after_pass(self, step: Step, record: PassRecord, model: Model) -> PassRecord:
+        self._progress(step.pass_.name, 1, 1)
+        return record
 
 
 @final
@@ -125,11 +142,16 @@ class JsonLog(Instrument):
 
 
 def peak_resident_bytes() -> int:
-    """The highest resident memory of this process so far."""
+    """The highest resident memory of this process so far, 0 where nobody counts it."""
     # VmHWM counts this program alone; ru_maxrss starts at the parent's size when it was forked.
     if _STATUS.exists():
         fields = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
         mark = next((text for text in fields if text.startswith("VmHWM:")), None)
         if mark is not None:
             return int(mark.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

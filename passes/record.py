@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import typing
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, final
 
 import onnx_ir
@@ -17,7 +18,6 @@ from octavo.passes.base import Remark
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
 
     from octavo.ir.model import Model
 
@@ -38,7 +38,9 @@ class Header:
     format: int = FORMAT
 
     def to_json(self) -> Json:
-        return asdict(self)
+        """The header without the folder of the source, which concerns nobody else."""
+        source = replace(self.source, name=Path(self.source.name).name)
+        return asdict(replace(self, source=source))
 
 
 @final

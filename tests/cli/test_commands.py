@@ -15,7 +15,7 @@ import pytest
 
 from octavo import __version__
 from octavo.backends.ort_target import ORT_CPU
-from octavo.cli.render import format_bytes, format_seconds, printable
+from octavo.cli.render import format_bytes, format_seconds, print_json, printable
 from octavo.ir.arrays_io import write_arrays
 from octavo.ir.artifact import Probes
 from octavo.ir.artifact_io import PROBES, read_artifact, write_probes
@@ -149,6 +149,29 @@ def test_bench_compares_with_the_first(octavo: Octavo, artifact: Path, network: 
     assert "1.00x" in octavo(*arguments).out
 
 
+def test_bench_finds_the_source_of_an_artifact(
+    octavo: Octavo,
+    artifact: Path,
+    network: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ("bench", artifact, "--rounds", 3, "--json")
+    alone = octavo(*arguments)
+    assert len(json.loads(alone.out)["rows"]) == 1
+    assert "is not here" in alone.err
+    (tmp_path / network.name).write_bytes(b"another file of that name")
+    assert len(json.loads(octavo(*arguments).out)["rows"]) == 1
+    shutil.copy(network, tmp_path)
+    found = octavo(*arguments)
+    assert [row["file"] for row in json.loads(found.out)["rows"]] == [
+        network.name,
+        str(artifact / "model.onnx"),
+    ]
+    assert found.err == ""
+
+
 def test_replay_runs_a_crash_again_until_it_is_mended(
     octavo: Octavo,
     tiny_model: Model,
@@ -226,6 +249,11 @@ def test_bytes_are_short(count: int | None, text: str) -> None:
 )
 def test_seconds_are_short(seconds: float | None, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+def test_json_holds_no_number_that_json_has_not(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"a": [1.5, float("inf"), (float("nan"), "x")]})
+    assert json.loads(capsys.readouterr().out) == {"a": [1.5, None, [None, "x"]]}
 
 
 def test_names_cannot_command_the_terminal() -> None:

@@ -17,7 +17,13 @@ from octavo.ir.facts import Norm, Norms, Range, Ranges
 from octavo.ir.model import Model
 from octavo.ir.text import model_text
 from octavo.passes.base import Pass, PassContext
-from octavo.passes.instruments import DumpText, JsonLog, PeakMemory, peak_resident_bytes
+from octavo.passes.instruments import (
+    DumpText,
+    JsonLog,
+    PeakMemory,
+    ShowProgress,
+    peak_resident_bytes,
+)
 from octavo.passes.pipeline import Pipeline
 from octavo.passes.record import Header, PassRecord, read_records, write_records
 from octavo.passes.reproducer import Reproducer, StoredFeeds, read_reproduction
@@ -108,6 +114,19 @@ def test_what_is_no_log_is_refused(tmp_path: Path, content: str) -> None:
         read_records(path)
 
 
+def test_the_log_does_not_say_where_the_source_lay(tiny_model: Model, tmp_path: Path) -> None:
+    source = replace(tiny_model.source, name="/home/somebody/net.onnx")
+    write_records(tmp_path / "log", Header("rename", source, "ort-cpu", 0), ())
+    assert read_records(tmp_path / "log")[0].source.name == "net.onnx"
+
+
+def test_progress_names_the_pass_that_runs(tiny_model: Model, pass_context: PassContext) -> None:
+    calls: list[tuple[str, int, int]] = []
+    show = ShowProgress(lambda label, done, total: calls.append((label, done, total)))
+    Pipeline((Rename(),)).run(tiny_model, pass_context, [show])
+    assert calls == [("rename", 0, 1), ("rename", 1, 1)]
+
+
 def test_dumps_are_onnx_text_and_only_of_changes(
     tiny_model: Model, pass_context: PassContext, tmp_path: Path
 ) -> None:
@@ -153,6 +172,8 @@ def test_a_crash_can_be_run_again(
     assert found.error.rstrip().endswith("KeyError: 11")
     assert found.model.graph[0].name == "renamed"
     assert found.model.source == model.source
+    before_crash = Pipeline((Rename(),)).run(model, pass_context).model
+    assert found.model.fingerprint == before_crash.fingerprint
     np.testing.assert_array_equal(found.model.fact(Norms).by_value["y"].gamma, norm.gamma)
     assert found.calibration is not None
     assert (found.calibration.samples, found.calibration.sha256) == (2, feeds.sha256)
