@@ -133,7 +133,9 @@ class _Work:
         from octavo.ir.cache import Cache, default_folder
         from octavo.ir.read import read
 
-        with progress_bars() as progress, tempfile.TemporaryDirectory(prefix="octavo-") as workdir:
+        # On the disk of the output: a system's temporary folder may be memory.
+        scratch = tempfile.TemporaryDirectory(prefix=".work-", dir=folder)
+        with progress_bars() as progress, scratch as workdir:
             source = read(self.model)
             compiled = compile_model(
                 source,

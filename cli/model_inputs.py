@@ -164,6 +164,7 @@ def _dims(value: onnx_ir.Value) -> tuple[int | str | None, ...] | None:
 
 
 def item_bytes(item: Item) -> int:
+    """Bytes of all arrays of one item."""
     return sum(array.nbytes for array in item.values())
 
 
