@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -79,15 +81,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         app(known, prog_name="octavo")
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 0
-        if code == _INTERRUPTED:
-            print_error("interrupted; no output was written")
-        return code
+        return _stopped(end.code if isinstance(end.code, int) else 0)
     except OctavoError as error:
         print_error(str(error))
         code = error.exit_code
         shown: Exception = error
     except Exception as error:
+        if (stopped := _stop_behind(error)) is not None:
+            return _stopped(stopped)
         hint = "" if show else f"\n  hint:  {_TRACEBACK} shows where it arose"
         print_error(f"{type(error).__name__}: {error}\n  why:   a defect of octavo{hint}")
         code, shown = 1, error
@@ -96,6 +97,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if show:
         traceback.print_exception(shown)
     return code
+
+
+def command() -> None:
+    """The installed command: `main`, then the end of the process."""
+    code = main()
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    # Taking every module and session apart would cost half a second more.
+    os._exit(code)
+
+
+def _stopped(code: int) -> int:
+    if code == _INTERRUPTED:
+        print_error("interrupted; nothing is left half written")
+    return code
+
+
+def _stop_behind(error: BaseException | None) -> int | None:
+    """The exit code of the signal that arrived while native code was loading, if one did."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return _INTERRUPTED
+        if isinstance(error, SystemExit) and isinstance(error.code, int):
+            return error.code
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

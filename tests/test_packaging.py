@@ -39,9 +39,9 @@ def test_no_module_hides_one_of_the_standard_library(project: dict[str, Any]) ->
 
 def test_the_command_and_the_version_are_where_the_metadata_says(project: dict[str, Any]) -> None:
     from octavo import __version__
-    from octavo.cli.main import main
+    from octavo.cli.main import command
 
-    assert project["project"]["scripts"] == {"octavo": f"{main.__module__}:{main.__name__}"}
+    assert project["project"]["scripts"] == {"octavo": f"{command.__module__}:{command.__name__}"}
     assert project["tool"]["setuptools"]["dynamic"]["version"]["attr"] == "octavo.__version__"
     assert __version__.count(".") == 2
 

@@ -1,7 +1,5 @@
 """`python -m octavo` is the `octavo` command."""
 
-import sys
+from octavo.cli.main import command
 
-from octavo.cli.main import main
-
-sys.exit(main())
+command()

@@ -85,7 +85,10 @@ def test_a_failure_leaves_nothing(
     monkeypatch.setattr(compilation, "compile_model", failing)
     result = octavo("compile", network, "-o", tmp_path / "out")
     if error is KeyboardInterrupt:
-        assert (result.code, result.err) == (130, "error: interrupted; no output was written\n")
+        assert (result.code, result.err) == (
+            130,
+            "error: interrupted; nothing is left half written\n",
+        )
     else:
         assert result.code == 1
         assert result.err.splitlines()[0] == "error: ZeroDivisionError: sudden"
@@ -102,6 +105,24 @@ def test_a_bug_shows_its_traceback_only_on_request(
     assert shown.code == 1
     assert "Traceback" in shown.err
     assert shown.err.rstrip().endswith("ZeroDivisionError: division by zero")
+
+
+@pytest.mark.parametrize(("cause", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)])
+def test_a_signal_that_native_code_wraps_is_still_one(
+    octavo: Octavo,
+    network: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cause: BaseException,
+    code: int,
+) -> None:
+    def failing(*arguments: object, **options: object) -> None:
+        raise ImportError("a module did not load") from cause
+
+    monkeypatch.setattr(compilation, "compile_model", failing)
+    result = octavo("compile", network, "-o", tmp_path / "out")
+    assert result.code == code
+    assert "ImportError" not in result.err
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
