@@ -180,10 +180,12 @@ def measure_latencies(
 class Owners:
     """Which decision a kernel belongs to: by the names it is made of, else by what it computes.
 
-    `producers` are the nodes of the lowered file by the values they produce.
+    `weighted` are the decisions on operators with weights; `producers` the nodes of the lowered
+    file by the values they produce.
     """
 
     by_name: Mapping[str, str]
+    weighted: frozenset[str]
     producers: Mapping[str, onnx.NodeProto]
 
     @staticmethod
@@ -192,39 +194,36 @@ class Owners:
         for node in planned:
             for name in (node.node, node.output, f"{node.output}_q"):
                 by_name.setdefault(name, node.absorbed_by or node.node)
+        weighted = frozenset(node.node for node in planned if node.op_type in _WEIGHTED)
         graph = onnx.load(lowered, load_external_data=False).graph
-        return Owners(by_name, {name: node for node in graph.node for name in node.output})
+        return Owners(by_name, weighted, {v: node for node in graph.node for v in node.output})
 
     def seconds(self, kernels: Sequence[KernelTime]) -> dict[str, float]:
         """Seconds by decision, over the kernels that belong to one."""
         seconds: dict[str, float] = defaultdict(float)
-        unknown = []
+        fused = []
         for kernel in kernels:
             owner = next((self.by_name[n] for n in kernel.names if n in self.by_name), None)
-            if owner is None:
-                unknown.append(kernel)
-            else:
+            # A fused kernel is called after the last value it computes, an activation or a sum.
+            if owner not in self.weighted and kernel.op_type.removeprefix("Fused") in _WEIGHTED:
+                fused.append(kernel)
+            elif owner is not None:
                 seconds[owner] += kernel.seconds
-        for kernel in unknown:
-            # A fused kernel is called after the last value that it computes.
-            fused = self._above(kernel.names, set(seconds))
-            if fused is not None:
-                seconds[fused] += kernel.seconds
+        for kernel in fused:
+            owner = self._above(kernel.names, set(seconds))
+            if owner is not None:
+                seconds[owner] += kernel.seconds
         return dict(seconds)
 
     def _above(self, names: Iterable[str], timed: set[str]) -> str | None:
-        """The nearest decision upstream that has no kernel yet."""
+        """The nearest decision with weights upstream that has no kernel yet."""
         level = [self.producers[name] for name in names if name in self.producers]
         for _ in range(_DEEPEST_FUSION):
-            level = [
-                self.producers[name]
-                for node in level
-                for name in node.input
-                if name in self.producers
-            ]
+            above = (name for node in level for name in node.input)
+            level = [self.producers[name] for name in above if name in self.producers]
             owned = (self.by_name.get(node.name) for node in level)
-            found = next((owner for owner in owned if owner and owner not in timed), None)
-            if found is not None:
+            free = (owner for owner in owned if owner in self.weighted and owner not in timed)
+            if (found := next(free, None)) is not None:
                 return found
         return None
 
