@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from octavo.passes.chains import Chain
 
 _RECURRENT = ("LSTM", "GRU", "RNN")
+_UNPACKING_BYTES = 2000
 
 
 @final
@@ -97,22 +98,22 @@ class ChooseKernels(Pass):
         }
 
     def _otherwise(self, node: onnx_ir.Node, candidate: bool, ctx: PassContext) -> Choice | None:
-        """The best option of a node that is not static, `None` for nodes without a weight."""
-        reason = "slower as an integer kernel here" if candidate else ""
+        """The best option of a node that is not static, `None` for nodes without a choice."""
         support = ctx.target.support(node, "static")
-        reason = reason or (support.reason if support.row is None else "no calibrated range")
+        reason = support.reason if support.row is None else "no calibrated range"
+        reason = "slower as an integer kernel here" if candidate else reason
+        stored = ctx.target.support(node, "storage").row
         seconds = self._seconds(node, ctx)
+        if stored is None or not _worth_storing(node, stored):
+            small = f"{reason}; too few weights to shrink" if stored else reason
+            return Choice(FLOAT, small, _named(seconds)) if stored or candidate else None
         method = min(seconds, key=lambda m: seconds[m])
-        if method in ("dynamic", "weight-only"):
-            row = ctx.target.support(node, method).row
-            if row is not None:
-                return Choice(self._option(row, node, method), reason, _named(seconds))
-        row = ctx.target.support(node, "storage").row
-        if row is None:
-            return Choice(FLOAT, reason, _named(seconds)) if candidate else None
-        if not self.storage or not _worth_storing(node, row):
-            return Choice(FLOAT, f"{reason}; too few weights to shrink", _named(seconds))
-        return Choice(self._option(row, node, "storage"), reason, _named(seconds))
+        row = ctx.target.support(node, method).row if method != "float" else None
+        if row is not None:
+            return Choice(self._option(row, node, method), reason, _named(seconds))
+        if not self.storage:
+            return Choice(FLOAT, reason, _named(seconds))
+        return Choice(self._option(stored, node, "storage"), reason, _named(seconds))
 
     def _seconds(self, node: onnx_ir.Node, ctx: PassContext) -> dict[Method, float]:
         allowed: list[Method] = ["float"]
@@ -187,7 +188,7 @@ def _calibrated(chain: Chain, ranges: Ranges) -> bool:
 
 
 def _worth_storing(node: onnx_ir.Node, row: KernelRow) -> bool:
-    """Whether 3 of 4 bytes saved outweigh scales, node and names."""
+    """Whether 3 of 4 bytes saved outweigh the scales, nodes and names that unpack them."""
     weights = [node.inputs[k] for k in row.weights]
     elements = sum(v.const_value.size for v in weights if v is not None and v.const_value)
-    return 3 * elements > 4 * elements / 16 + 400
+    return 3 * elements > elements / 4 + _UNPACKING_BYTES
