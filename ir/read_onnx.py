@@ -31,6 +31,12 @@ def read_onnx(path: Path) -> Model:
 
     Raises ModelError, UnsafeModel, or UsageError where there is no file.
     """
+    model = read_verbatim(path)
+    return from_ir(model.ir, model.source)
+
+
+def read_verbatim(path: Path) -> Model:
+    """Read a file that `write` wrote as it is, wrong shapes and all: only safety is checked."""
     if not path.is_file():
         raise UsageError(f"there is no model file '{path}'")
     with _malformed(str(path)):
@@ -38,7 +44,7 @@ def read_onnx(path: Path) -> Model:
         inspection = Inspection(str(path), path.parent)
         inspection.check(proto)
         source = _file_source(path, inspection)
-        return from_ir(_deserialize(proto, str(path), path.parent), source)
+        return Model(_deserialize(proto, str(path), path.parent), source)
 
 
 def from_proto(proto: onnx.ModelProto) -> Model:

@@ -22,7 +22,7 @@ from octavo.ir.errors import OctavoError, UsageError
 from octavo.ir.facts_io import read_facts, write_facts
 from octavo.ir.model import Model, Source
 from octavo.ir.output_folder import open_output
-from octavo.ir.read import read
+from octavo.ir.read_onnx import read_verbatim
 from octavo.ir.versions import versions
 from octavo.ir.write import write
 from octavo.passes.instruments import Instrument
@@ -115,7 +115,8 @@ def read_reproduction(folder: Path) -> Reproduction:
     except (OSError, ValueError, KeyError, TypeError) as problem:
         message = f"{folder} is not a reproducer folder"
         raise UsageError(message, why=f"{type(problem).__name__}: {problem}") from None
-    model = replace(read(folder / _MODEL), source=source, facts=read_facts(folder))
+    # As it is: what is wrong with the model may be what broke the pass.
+    model = replace(read_verbatim(folder / _MODEL), source=source, facts=read_facts(folder))
     return Reproduction(model, pipeline, target, seed, recorded, error, calibration)
 
 

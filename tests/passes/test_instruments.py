@@ -206,6 +206,18 @@ def test_a_reproducer_that_cannot_be_written_hides_no_error(
     assert caught.value.hint == ""
 
 
+def test_a_model_with_wrong_shapes_is_reproduced_as_it_is(
+    tiny_model: Model, pass_context: PassContext, tmp_path: Path
+) -> None:
+    pooled = tiny_model.graph[2].outputs[0]
+    assert (pooled.name, pooled.shape) == ("pooled", onnx_ir.Shape(["N", 8, 1, 1]))
+    pooled.shape = onnx_ir.Shape([7])
+    with pytest.raises(PassFailed):
+        Pipeline((Crash(),)).run(tiny_model, pass_context, [Reproducer(tmp_path)])
+    (folder,) = tmp_path.iterdir()
+    assert read_reproduction(folder).model.graph[2].outputs[0].shape == onnx_ir.Shape([7])
+
+
 def test_what_is_no_reproducer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not a reproducer folder"):
         read_reproduction(tmp_path)
