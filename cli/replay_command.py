@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,27 +50,39 @@ def replay(
 @contextmanager
 def _context(found: Reproduction) -> Iterator[PassContext]:
     """The services of the compilation, without its cache and its measured latencies."""
-    from octavo.backends.bench import random_feed
     from octavo.backends.ort_session import OrtEvaluator
     from octavo.backends.ort_target import TARGETS
     from octavo.ir.cost import AnalyticCost
-    from octavo.ir.shapes import concrete_elements
     from octavo.passes.base import PassContext
 
     if found.target not in TARGETS:
         raise UnknownName("target", found.target, TARGETS)
     target = TARGETS[found.target]
-    feed = next(iter(found.calibration or ()), None) or random_feed(found.model, seed=found.seed)
     with (
         tempfile.TemporaryDirectory(prefix="octavo-") as workdir,
         ThreadPoolExecutor(2) as executor,
     ):
         yield PassContext(
             target=target,
-            cost=AnalyticCost(target, concrete_elements(found.model, feed)),
+            cost=AnalyticCost(target, _elements(found)),
             evaluator=OrtEvaluator(),
             executor=executor,
             workdir=Path(workdir),
             calibration=found.calibration,
             seed=found.seed,
         )
+
+
+def _elements(found: Reproduction) -> Mapping[str, int]:
+    """Elements per value for the first feed; none for a model whose shapes contradict it."""
+    from onnx.shape_inference import InferenceError
+
+    from octavo.backends.bench import random_feed
+    from octavo.ir.shapes import concrete_elements
+
+    feed = next(iter(found.calibration or ()), None) or random_feed(found.model, seed=found.seed)
+    try:
+        return concrete_elements(found.model, feed)
+    except InferenceError as error:
+        print_warning(f"estimates know no shapes: {error}")
+        return {}
