@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from octavo.backends.ort_session import environment, make_session
+from octavo.backends.ort_session import environment, make_session, release_memory
 from octavo.ir.artifact import Bench, BenchRow
 from octavo.ir.errors import UnknownName, UsageError
 
@@ -24,6 +24,7 @@ _IMAGE_SIZE = 224
 _SEQUENCE_LENGTH = 32
 _FEWEST_ROUNDS = 9
 _GOOD_ENOUGH = 0.01
+_LARGE_BYTES = 256 << 20
 # Reading through these does not change which rows of a table an index selects.
 _INDEX_OPS = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose")
 
@@ -42,19 +43,40 @@ def bench(
 
     Stops after `rounds`, after `seconds_limit` (not before three rounds), or as soon as every
     median ratio is known to 1 % (McGill, Tukey, Larsen 1978: half a notch). `config` holds the
-    session configuration a file relies on. A value whose input a file lacks is left out.
+    session configuration a file relies on. Files of more than 256 MB together are timed one
+    after the other, so that only one of them is in memory.
     """
     if not files:
         message = "no file to time"
         raise UsageError(message)
-    calls = []
-    for file in files:
+
+    def load(file: Path) -> Callable[[], None]:
         session = make_session(file, threads=threads, config=(config or {}).get(file))
-        own = {name: array for name, array in feed.items() if name in session.inputs}
-        calls.append(session.bound(own))
-    seconds = _rounds(calls, rounds, warm_up, seconds_limit)
+        return session.bound({name: feed[name] for name in session.inputs if name in feed})
+
+    if sum(map(file_bytes, files)) > _LARGE_BYTES:
+        share = seconds_limit / len(files)
+        seconds = _one_by_one(load, files, rounds, warm_up, share)
+    else:
+        seconds = _rounds([load(file) for file in files], rounds, warm_up, seconds_limit)
     rows = tuple(_row(file, k, seconds) for k, file in enumerate(files))
     return Bench(rows, threads, len(seconds), feed_shapes(feed), environment(threads))
+
+
+def _one_by_one(
+    load: Callable[[Path], Callable[[], None]],
+    files: Sequence[Path],
+    rounds: int,
+    warm_up: int,
+    seconds_limit: float,
+) -> NDArray[np.float64]:
+    """Seconds `[round, file]`, as many rounds as the file with the fewest has."""
+    columns = []
+    for file in files:
+        columns.append(_rounds([load(file)], rounds, warm_up, seconds_limit)[:, 0])
+        release_memory()
+    fewest = min(map(len, columns))
+    return np.stack([column[:fewest] for column in columns], axis=1)
 
 
 def _rounds(
@@ -108,7 +130,7 @@ def file_bytes(path: Path) -> int:
 
     size = path.stat().st_size
     # A file this large holds its weights itself, and parsing it would double them in memory.
-    if size > 256 << 20:
+    if size > _LARGE_BYTES:
         return size
     graph = onnx.load(path, load_external_data=False).graph
     names = {ExternalDataInfo(t).location for t in graph.initializer if uses_external_data(t)}

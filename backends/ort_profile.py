@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import onnx
 
-from octavo.backends.ort_session import environment, make_session
+from octavo.backends.ort_session import environment, make_session, release_memory
 from octavo.backends.ort_target import ORT_CPU
 from octavo.ir.facts import Latencies
 
@@ -83,25 +83,33 @@ def profile(
     a loop body counts with all its calls of one run.
     """
     with tempfile.TemporaryDirectory(prefix="octavo-") as folder:
-        paths = [Path(folder) / f"{index}.onnx" for index in range(len(subjects))]
-        sessions = [
-            make_session(
-                subject.file,
-                threads=threads,
-                config=subject.config,
-                profile_prefix=path.with_suffix(".profile"),
-                optimized_path=path if subject.read_graph else None,
-            )
-            for subject, path in zip(subjects, paths, strict=True)
-        ]
-        calls = [s.bound({n: feed[n] for n in s.inputs if n in feed}) for s in sessions]
-        for _ in range(1 + rounds):
-            for call in calls:
-                call()
-        return [
-            _profile(session, path if subject.read_graph else None, 1 + rounds)
-            for session, subject, path in zip(sessions, subjects, paths, strict=True)
-        ]
+        profiles = _run(subjects, feed, Path(folder), threads, 1 + rounds)
+    release_memory()
+    return profiles
+
+
+def _run(
+    subjects: Sequence[Subject], feed: Feed, folder: Path, threads: int, runs: int
+) -> list[Profile]:
+    paths = [folder / f"{index}.onnx" for index in range(len(subjects))]
+    sessions = [
+        make_session(
+            subject.file,
+            threads=threads,
+            config=subject.config,
+            profile_prefix=path.with_suffix(".profile"),
+            optimized_path=path if subject.read_graph else None,
+        )
+        for subject, path in zip(subjects, paths, strict=True)
+    ]
+    calls = [s.bound({n: feed[n] for n in s.inputs if n in feed}) for s in sessions]
+    for _ in range(runs):
+        for call in calls:
+            call()
+    return [
+        _profile(session, path if subject.read_graph else None, runs)
+        for session, subject, path in zip(sessions, subjects, paths, strict=True)
+    ]
 
 
 def _profile(session: Session, optimized: Path | None, runs: int) -> Profile:

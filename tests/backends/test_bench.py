@@ -89,6 +89,14 @@ def test_rounds_interleave_and_rotate(recorded: list[str]) -> None:
     assert "".join(recorded) == "abc" + "abc" + "bca" + "cab"
 
 
+def test_large_files_take_turns(monkeypatch: pytest.MonkeyPatch, recorded: list[str]) -> None:
+    monkeypatch.setattr(bench_module, "_LARGE_BYTES", -1)
+    found = bench([Path("a"), Path("b")], {}, rounds=4, warm_up=1)
+    assert "".join(recorded) == "a" * 5 + "b" * 5
+    assert found.rounds == 4
+    assert found.rows[0].speed == 1.0
+
+
 def test_time_limit_still_gives_three_rounds(recorded: list[str]) -> None:
     found = bench([Path("a"), Path("b")], {}, seconds_limit=0.0, warm_up=5)
     assert found.rounds == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from octavo.backends import ort_session
-from octavo.backends.ort_session import OrtEvaluator, make_session, model_session
+from octavo.backends.ort_session import OrtEvaluator, make_session, model_session, release_memory
 from octavo.ir.calibration import Batches, Feed
 from octavo.ir.errors import ModelError, UnknownName, UsageError, VerificationFailed
 from octavo.ir.model import Model, Source
@@ -217,7 +218,29 @@ def test_a_written_model_gives_the_evaluator_s_numbers(model: Model, tmp_path: P
     np.testing.assert_array_equal(OrtEvaluator(threads=1).run(model, _x())["y"], written)
 
 
-def test_local_functions_run(tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_a_closed_session_gives_its_memory_back(tmp_path: Path) -> None:
+    """64 MB of weights: no reference to the session may stay behind."""
+    proto = onnx.parser.parse_model(_TEXT.replace("40", "4096").replace("30", "4096"))
+    for name, shape in (("w", (4096, 4096)), ("b", (4096,))):
+        array = np.ones(shape, np.float32)
+        proto.graph.initializer.append(numpy_helper.from_array(array, name))
+    path = tmp_path / "model.onnx"
+    onnx.save(proto, path)
+    del proto, array
+    release_memory()
+    before = _resident_bytes()
+    make_session(path, threads=1).run({"x": np.ones((1, 4096), np.float32)})
+    release_memory()
+    assert _resident_bytes() - before < 32 << 20
+
+
+def _resident_bytes() -> int:
+    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    return int(pages) * 4096
+
+
+def test_local_functions_run() -> None:
     """FakeQuant is a function: the evaluator runs what is not an operator."""
     node = helper.make_node("Twice", ["x"], ["y"], domain="octavo")
     body = [helper.make_node("Add", ["a", "a"], ["b"])]
