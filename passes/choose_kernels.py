@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, final
 from octavo.ir.facts import FLOAT, Choice, Fact, Option, Plan, Ranges
 from octavo.ir.quant import PerAxis, PerBlock, PerTensor, QuantSpec
 from octavo.passes.base import Pass, Statistic
-from octavo.passes.chains import find_chains
+from octavo.passes.chains import bias_add, find_chains
 from octavo.passes.partition import Edge, Item, integer_side
 from octavo.passes.patterns import select
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _RECURRENT = ("LSTM", "GRU", "RNN")
 _UNPACKING_BYTES = 2000
+# Share of all float seconds that quantizing the input of an output layer has to save.
+_OUTPUT_GAIN = 0.02
 
 
 @final
@@ -67,6 +69,7 @@ class ChooseKernels(Pass):
         chains = self._candidates(model, ctx, kept)
         integer = integer_side(*_problem(model, chains, self, ctx))
         absorbed = {m.name: c for n, c in chains.items() if n in integer for m in c.members[1:]}
+        total = sum(ctx.cost.seconds(node, "float") or 0.0 for node in model.graph)
         choices: dict[str, Choice] = {}
         for node in model.graph:
             name = node.name or ""
@@ -76,7 +79,7 @@ class ChooseKernels(Pass):
                 choices[name] = _static_choice(chains[name], node, ctx)
             elif name in kept:
                 choices[name] = Choice(FLOAT, f"kept float by '{kept[name]}'")
-            elif (choice := self._otherwise(node, name in chains, ctx)) is not None:
+            elif (choice := self._otherwise(node, name in chains, ctx, total)) is not None:
                 choices[name] = choice
             if name in choices:
                 ctx.count(choices[name].option.method)
@@ -97,7 +100,9 @@ class ChooseKernels(Pass):
             if not any(m.name in kept for m in chain.members) and _calibrated(chain, ranges)
         }
 
-    def _otherwise(self, node: onnx_ir.Node, candidate: bool, ctx: PassContext) -> Choice | None:
+    def _otherwise(
+        self, node: onnx_ir.Node, candidate: bool, ctx: PassContext, total: float
+    ) -> Choice | None:
         """The best option of a node that is not static, `None` for nodes without a choice."""
         support = ctx.target.support(node, "static")
         reason = support.reason if support.row is None else "no calibrated range"
@@ -109,7 +114,8 @@ class ChooseKernels(Pass):
             return Choice(FLOAT, small, _named(seconds)) if stored or candidate else None
         method = min(seconds, key=lambda m: seconds[m])
         row = ctx.target.support(node, method).row if method != "float" else None
-        if row is not None:
+        gain = seconds["float"] - seconds[method]
+        if row is not None and not (_is_output(node) and gain < _OUTPUT_GAIN * total):
             return Choice(self._option(row, node, method), reason, _named(seconds))
         if not self.storage:
             return Choice(FLOAT, reason, _named(seconds))
@@ -185,6 +191,12 @@ def _weight_spec(row: KernelRow, node: onnx_ir.Node) -> QuantSpec:
 def _calibrated(chain: Chain, ranges: Ranges) -> bool:
     values = (*chain.operands, *chain.outputs)
     return all(v.const_value is not None or v.name in ranges.by_value for v in values)
+
+
+def _is_output(node: onnx_ir.Node) -> bool:
+    """Whether a linear node, with its bias, computes a graph output: nothing averages its error."""
+    value = (bias_add(node) or node).outputs[0]
+    return value.is_graph_output()
 
 
 def _worth_storing(node: onnx_ir.Node, row: KernelRow) -> bool:
