@@ -65,7 +65,8 @@ def _option_rows(compiled: Compiled) -> list[tuple[object, ...]]:
 
 def _lines(compiled: Compiled, manifest: Manifest, output: Path) -> Iterator[str]:
     fidelity, audit, timing = compiled.fidelity, compiled.audit, compiled.bench
-    same = f", same arg-max in {100 * fidelity.agreement:.1f} %" if fidelity.agreement else ""
+    agreement = fidelity.agreement
+    same = "" if agreement is None else f", same arg-max in {100 * agreement:.1f} %"
     yield (
         f"outputs:     relative error {fidelity.relative_error:.4f}, cosine {fidelity.cosine:.5f}"
         f"{same}, over {fidelity.samples} feed(s)"
