@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _RECURRENT = ("LSTM", "GRU", "RNN")
 _UNPACKING_BYTES = 2000
 # Share of all float seconds that quantizing the input of an output layer has to save.
-_OUTPUT_GAIN = 0.02
+_OUTPUT_GAIN = 0.03
 
 
 @final
@@ -67,9 +67,10 @@ class ChooseKernels(Pass):
     def run(self, model: Model, ctx: PassContext) -> Model:
         kept = select(model, self.keep_float)
         chains = self._candidates(model, ctx, kept)
-        integer = integer_side(*_problem(model, chains, self, ctx))
-        absorbed = {m.name: c for n, c in chains.items() if n in integer for m in c.members[1:]}
         total = sum(ctx.cost.seconds(node, "float") or 0.0 for node in model.graph)
+        other = {n: min(self._seconds(c.head, ctx, total).values()) for n, c in chains.items()}
+        integer = integer_side(*_problem(chains, other, ctx))
+        absorbed = {m.name: c for n, c in chains.items() if n in integer for m in c.members[1:]}
         choices: dict[str, Choice] = {}
         for node in model.graph:
             name = node.name or ""
@@ -108,27 +109,31 @@ class ChooseKernels(Pass):
         reason = support.reason if support.row is None else "no calibrated range"
         reason = "slower as an integer kernel here" if candidate else reason
         stored = ctx.target.support(node, "storage").row
-        seconds = self._seconds(node, ctx)
+        seconds = self._seconds(node, ctx, total)
         if stored is None or not _worth_storing(node, stored):
             small = f"{reason}; too few weights to shrink" if stored else reason
             return Choice(FLOAT, small, _named(seconds)) if stored or candidate else None
         method = min(seconds, key=lambda m: seconds[m])
         row = ctx.target.support(node, method).row if method != "float" else None
-        gain = seconds["float"] - seconds[method]
-        if row is not None and not (_is_output(node) and gain < _OUTPUT_GAIN * total):
+        if row is not None:
             return Choice(self._option(row, node, method), reason, _named(seconds))
         if not self.storage:
             return Choice(FLOAT, reason, _named(seconds))
         return Choice(self._option(stored, node, "storage"), reason, _named(seconds))
 
-    def _seconds(self, node: onnx_ir.Node, ctx: PassContext) -> dict[Method, float]:
-        allowed: list[Method] = ["float"]
-        if self.weight_only:
-            allowed.append("weight-only")
-        elif self.dynamic and (self.recurrent or node.op_type not in _RECURRENT):
-            allowed.append("dynamic")
-        seconds = {method: ctx.cost.seconds(node, method) for method in allowed}
-        return {m: s for m, s in seconds.items() if s is not None}
+    def _seconds(self, node: onnx_ir.Node, ctx: PassContext, total: float) -> dict[Method, float]:
+        """Seconds of every option but static that is allowed, `total` being the whole graph's."""
+        seconds: dict[Method, float] = {"float": ctx.cost.seconds(node, "float") or 0.0}
+        method: Method = "weight-only" if self.weight_only else "dynamic"
+        allowed = self.dynamic and (self.recurrent or node.op_type not in _RECURRENT)
+        integer = ctx.cost.seconds(node, method) if allowed or self.weight_only else None
+        if integer is None:
+            return seconds
+        # Nothing averages the error of an output layer: its kernel has to save more.
+        least = _OUTPUT_GAIN * total if _is_output(node) else 0.0
+        if seconds["float"] - integer > least:
+            seconds[method] = integer
+        return seconds
 
     def _option(self, row: KernelRow, node: onnx_ir.Node, method: Method) -> Option:
         if method == "weight-only":
@@ -137,15 +142,14 @@ class ChooseKernels(Pass):
 
 
 def _problem(
-    model: Model, chains: Mapping[str, Chain], options: ChooseKernels, ctx: PassContext
+    chains: Mapping[str, Chain], other: Mapping[str, float], ctx: PassContext
 ) -> tuple[list[Item], list[Edge]]:
     """The cut problem: one item per candidate chain, one edge per value they touch."""
     items = []
     for name, chain in chains.items():
         integer = ctx.cost.seconds(chain.head, "static")
         members = (ctx.cost.seconds(m, "float") or 0.0 for m in chain.members[1:])
-        other = min(options._seconds(chain.head, ctx).values()) + sum(members)
-        items.append(Item(name, integer, other))
+        items.append(Item(name, integer, other[name] + sum(members)))
     owner = {m.name: name for name, chain in chains.items() for m in chain.members}
     edges = []
     values = dict.fromkeys(v for c in chains.values() for v in (*c.operands, *c.outputs))
@@ -194,9 +198,8 @@ def _calibrated(chain: Chain, ranges: Ranges) -> bool:
 
 
 def _is_output(node: onnx_ir.Node) -> bool:
-    """Whether a linear node, with its bias, computes a graph output: nothing averages its error."""
-    value = (bias_add(node) or node).outputs[0]
-    return value.is_graph_output()
+    """Whether a linear node, with its bias, computes a graph output."""
+    return (bias_add(node) or node).outputs[0].is_graph_output()
 
 
 def _worth_storing(node: onnx_ir.Node, row: KernelRow) -> bool:

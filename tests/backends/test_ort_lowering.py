@@ -12,6 +12,7 @@ import onnx.parser
 import onnx_ir
 import pytest
 from numpy.typing import NDArray
+
 from octavo.backends.ort_lowering import lower
 from octavo.backends.ort_session import make_session
 from octavo.ir.facts import Range, Ranges
