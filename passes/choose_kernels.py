@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _RECURRENT = ("LSTM", "GRU", "RNN")
 _UNPACKING_BYTES = 2000
 # Share of all float seconds that quantizing the input of an output layer has to save.
-_OUTPUT_GAIN = 0.03
+_OUTPUT_GAIN = 0.02
 
 
 @final
@@ -69,7 +69,7 @@ class ChooseKernels(Pass):
         chains = self._candidates(model, ctx, kept)
         total = sum(ctx.cost.seconds(node, "float") or 0.0 for node in model.graph)
         other = {n: min(self._seconds(c.head, ctx, total).values()) for n, c in chains.items()}
-        integer = integer_side(*_problem(chains, other, ctx))
+        integer = integer_side(*_problem(chains, other, _OUTPUT_GAIN * total, ctx))
         absorbed = {m.name: c for n, c in chains.items() if n in integer for m in c.members[1:]}
         choices: dict[str, Choice] = {}
         for node in model.graph:
@@ -142,12 +142,17 @@ class ChooseKernels(Pass):
 
 
 def _problem(
-    chains: Mapping[str, Chain], other: Mapping[str, float], ctx: PassContext
+    chains: Mapping[str, Chain], other: Mapping[str, float], least: float, ctx: PassContext
 ) -> tuple[list[Item], list[Edge]]:
-    """The cut problem: one item per candidate chain, one edge per value they touch."""
+    """The cut problem: one item per candidate chain, one edge per value they touch.
+
+    `least` are the seconds an output layer has to save, `other` those of the best other option.
+    """
     items = []
     for name, chain in chains.items():
         integer = ctx.cost.seconds(chain.head, "static")
+        if integer is not None and chain.row.weights and chain.output.is_graph_output():
+            integer += least
         members = (ctx.cost.seconds(m, "float") or 0.0 for m in chain.members[1:])
         items.append(Item(name, integer, other[name] + sum(members)))
     owner = {m.name: name for name, chain in chains.items() for m in chain.members}
