@@ -20,7 +20,7 @@ from octavo.ir.facts import Latencies, Plan
 
 if TYPE_CHECKING:
     from octavo.backends.fidelity import Outputs
-    from octavo.cli.compilation import Request
+    from octavo.cli.request import Request
     from octavo.ir.artifact import Artifact, Bench
     from octavo.ir.calibration import Feed
     from octavo.passes.base import PassContext

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from octavo.backends.ort_lowering import lower
 from octavo.backends.ort_session import OrtEvaluator
 from octavo.backends.ort_target import TARGETS
 from octavo.cli.candidates import Candidate, Measured, fastest
+from octavo.cli.request import Request
 from octavo.ir.artifact import Artifact, Audit, Bench, Probes
 from octavo.ir.artifact_io import MODEL, Manifest, write_artifact
 from octavo.ir.cache import Cache
@@ -40,31 +41,12 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 _PROBES = 2
+_DEFAULTS = Request()
 _COMPARED_SAMPLES = 16
 
 
 def _silent(label: str, done: int, total: int) -> None:
     pass
-
-
-@final
-@dataclass(frozen=True)
-class Request:
-    """What a compilation was asked for; the defaults are part of every output.
-
-    `pipeline` is a preset name or a pipeline text, empty for the preset the data allows.
-    `batch` and `shapes` say what latency is measured with. `max_recurrent_error` bounds the
-    relative output error that a dynamic LSTM kernel may add.
-    """
-
-    target: str = "ort-cpu"
-    pipeline: str = ""
-    keep_float: tuple[str, ...] = ()
-    shapes: Mapping[str, Sequence[int]] | None = None
-    threads: int = 1
-    seed: int = 0
-    measure: bool = True
-    max_recurrent_error: float = 0.02
 
 
 @final
@@ -135,7 +117,7 @@ def compile_model(
     source: object,
     *,
     calibration: Batches | None = None,
-    request: Request = Request(),
+    request: Request = _DEFAULTS,
     cache: Cache | None = None,
     workdir: Path | None = None,
     instruments: Sequence[Instrument] = (),
@@ -147,10 +129,11 @@ def compile_model(
     the process). Raises OctavoError.
     """
     target = _target(request.target)
+    pipeline = _pipeline(request, calibration is not None)
+    pipeline.check(())
     model = read(source)
     folder = workdir or Path(tempfile.mkdtemp(prefix="octavo-"))
     feed = _bench_feed(model, calibration, request)
-    pipeline = _pipeline(request, calibration is not None)
     with ThreadPoolExecutor(2) as executor:
         ctx = PassContext(
             target=target,

@@ -13,8 +13,9 @@ from octavo.cli.render import AsJson
 from octavo.ir.errors import VerificationFailed
 
 if TYPE_CHECKING:
-    from octavo.cli.compilation import Compiled, Request
+    from octavo.cli.compilation import Compiled
     from octavo.cli.progress import Progress
+    from octavo.cli.request import Request
     from octavo.ir import model as ir_model
     from octavo.ir.artifact_io import Manifest
     from octavo.ir.calibration import Batches
@@ -93,8 +94,8 @@ def compile_(
     Writes model.onnx, manifest.json, plan.json, passes.jsonl, audit.json and probes.npz.
     """
     from octavo.cli.bench_command import parse_shapes
-    from octavo.cli.compilation import Request
     from octavo.cli.compile_report import show
+    from octavo.cli.request import Request
     from octavo.ir.output_folder import open_output
 
     request = Request(

@@ -34,8 +34,9 @@ def compile(  # noqa: A001  (the public verb; nothing here needs the builtin)
     `shapes` gives input shapes to measure latency with. Raises OctavoError.
     """
     from octavo.cli.calibration_data import load_calibration
-    from octavo.cli.compilation import Request, compile_model
+    from octavo.cli.compilation import compile_model
     from octavo.cli.preprocess import Preprocess
+    from octavo.cli.request import Request
     from octavo.ir.read import read
 
     source = read(model)
