@@ -34,9 +34,8 @@ def quantize_activation(graph: onnx_ir.Graph, fake: onnx_ir.Node) -> None:
 
 def quantize_constant(graph: onnx_ir.Graph, fake: onnx_ir.Node) -> None:
     """A constant as codes with a DQ for every reader; only Conv fuses without a zero point."""
-    value, params = _input(fake, 0), params_of(fake)
-    codes = _codes(graph, value, params)
-    name = value.name or ""
+    params, name = params_of(fake), _stem(fake)
+    codes = _codes(graph, fake)
     numbers = [constant(graph, f"{name}_scale", params.scale)]
     if any(use.node.op_type != "Conv" for use in fake.outputs[0].uses()):
         numbers.append(_zero_point(graph, params, name))
@@ -47,22 +46,21 @@ def quantize_constant(graph: onnx_ir.Graph, fake: onnx_ir.Node) -> None:
 
 def store_constant(graph: onnx_ir.Graph, fake: onnx_ir.Node) -> None:
     """`Cast(codes) · scale`, which the runtime folds when it loads; after the lookup for Gather."""
-    value, params = _input(fake, 0), params_of(fake)
-    codes = _codes(graph, value, params)
-    scale = constant(graph, f"{value.name}_scale", _input_array(fake, 1))
+    codes, name = _codes(graph, fake), _stem(fake)
+    scale = constant(graph, f"{name}_scale", _input_array(fake, 1))
     for use in list(fake.outputs[0].uses()):
         if use.node.op_type == "Gather" and use.idx == 0:
             _gather_codes(graph, use.node, codes, scale)
         else:
-            unpacked = _unpack(graph, use.node, codes, scale, value.name or "")
+            unpacked = _unpack(graph, use.node, codes, scale, name)
             use.node.replace_input_with(use.idx, unpacked)
 
 
 def dynamic_matmul(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
     """`DynamicQuantizeMatMul`; readers of one value share its quantization instead."""
     dynamic, fake = _producer(node, 0), _producer(node, 1)
-    value, weight, params = _input(dynamic, 0), _input(fake, 0), params_of(fake)
-    codes, scale = _columns(graph, node, weight, params)
+    value = _input(dynamic, 0)
+    codes, scale = _columns(graph, node, fake)
     tail, bias = linear_tail(node)
     shared = _dynamic_codes(value)
     if shared is None and len(dynamic.outputs[0].uses()) > 1:
@@ -79,8 +77,7 @@ def dynamic_matmul(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
 def static_matmul(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
     """`MatMulIntegerToFloat`, for a float output: as Q/DQ its bias would keep the node float."""
     quantized, scale, zero = (_input(_producer(node, 0), k) for k in range(3))
-    fake = _producer(node, 1)
-    codes, columns = _columns(graph, node, _input(fake, 0), params_of(fake))
+    codes, columns = _columns(graph, node, _producer(node, 1))
     tail, bias = linear_tail(node)
     inputs = [quantized, codes, scale, columns, zero, None, bias]
     _replace(graph, tail, "MatMulIntegerToFloat", inputs, domain=MICROSOFT, name=node.name)
@@ -92,7 +89,7 @@ def linear_tail(node: onnx_ir.Node) -> tuple[onnx_ir.Node, onnx_ir.Value | None]
         return node, node.inputs[2] if len(node.inputs) > 2 else None
     uses = list(node.outputs[0].uses())
     add = uses[0].node if len(uses) == 1 and not node.outputs[0].is_graph_output() else None
-    if add is None or add.op_type != "Add" or add.domain:
+    if add is None or add.op_type != "Add" or add.domain or add.graph is not node.graph:
         return node, None
     bias = add.inputs[1 - uses[0].idx]
     columns = _input(node, 1).shape
@@ -102,29 +99,26 @@ def linear_tail(node: onnx_ir.Node) -> tuple[onnx_ir.Node, onnx_ir.Value | None]
 
 
 def _columns(
-    graph: onnx_ir.Graph, node: onnx_ir.Node, weight: onnx_ir.Value, params: QuantParams
+    graph: onnx_ir.Graph, node: onnx_ir.Node, fake: onnx_ir.Node
 ) -> tuple[onnx_ir.Value, onnx_ir.Value]:
     """Codes `[K, N]` and their scales; a transposed Gemm weight is turned here."""
     transposed = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
-    codes = (_transposed_codes if transposed else _codes)(graph, weight, params)
-    return codes, constant(graph, f"{weight.name}_scale", params.scale)
+    codes = (_transposed_codes if transposed else _codes)(graph, fake)
+    return codes, constant(graph, f"{_stem(fake)}_scale", params_of(fake).scale)
 
 
 def blocked_matmul(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
     """`MatMulNBits`: weight `[K, N]` as bytes `[N, K/block, block]`, codes offset by 128."""
     fake = _producer(node, 1)
-    weight, params = _input(fake, 0), params_of(fake)
+    params, name = params_of(fake), _stem(fake)
     granularity = params.spec.granularity
     assert isinstance(granularity, PerBlock)
-    assert weight.const_value is not None
-    codes = quantize(weight.const_value.numpy(), params)
+    codes = quantize(_input_array(fake, 0), params)
     rows, columns = codes.shape
     size = granularity.size
     packed = (codes.T + 128).astype(np.uint8).reshape(columns, rows // size, size)
-    packed_value = constant(graph, f"{weight.name}_q", packed)
-    scale = constant(
-        graph, f"{weight.name}_scale", np.ascontiguousarray(params.scale.T).reshape(-1)
-    )
+    packed_value = constant(graph, f"{name}_q", packed)
+    scale = constant(graph, f"{name}_scale", np.ascontiguousarray(params.scale.T).reshape(-1))
     attributes = {"K": rows, "N": columns, "bits": 8, "block_size": size, "accuracy_level": 4}
     inputs = [node.inputs[0], packed_value, scale]
     _replace(graph, node, "MatMulNBits", inputs, attributes, MICROSOFT)
@@ -137,14 +131,13 @@ def dynamic_lstm(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
     inputs[0] = _input(dynamic, 0)
     for index in (1, 2):
         fake = _producer(node, index)
-        value, params = _input(fake, 0), params_of(fake)
-        assert value.const_value is not None
-        codes = quantize(value.const_value.numpy(), params).astype(np.int8)
+        params, name = params_of(fake), _stem(fake)
+        codes = quantize(_input_array(fake, 0), params).astype(np.int8)
         transposed = np.ascontiguousarray(codes.transpose(0, 2, 1))
-        inputs[index] = constant(graph, f"{value.name}_q", transposed)
+        inputs[index] = constant(graph, f"{name}_q", transposed)
         scale = np.ascontiguousarray(params.scale[..., 0])
         inputs += [
-            constant(graph, f"{value.name}_scale", scale),
+            constant(graph, f"{name}_scale", scale),
             constant(
                 graph, f"zero_s8_{scale.shape[0]}x{scale.shape[1]}", np.zeros(scale.shape, np.int8)
             ),
@@ -168,7 +161,12 @@ def _fan_out(
     for count, use in enumerate(list(output.uses())):
         suffix = str(count) if count else ""
         node = _insert(
-            graph, use.node, "DequantizeLinear", inputs, f"{name}_dq{suffix}", attributes
+            use.node.graph or graph,
+            use.node,
+            "DequantizeLinear",
+            inputs,
+            f"{name}_dq{suffix}",
+            attributes,
         )
         use.node.replace_input_with(use.idx, node.outputs[0])
     if output.is_graph_output():
@@ -188,21 +186,33 @@ def _zero_point(graph: onnx_ir.Graph, params: QuantParams, name: str) -> onnx_ir
     return constant(graph, f"{name}_zero_point" if array.any() else shared, array)
 
 
-def _codes(graph: onnx_ir.Graph, value: onnx_ir.Value, params: QuantParams) -> onnx_ir.Value:
-    assert value.const_value is not None
-    name = f"{value.name}_q"
-    if name in graph.initializers:
-        return graph.initializers[name]
-    codes = quantize(value.const_value.numpy(), params)
-    return constant(graph, name, codes.astype(params.spec.onnx_type.numpy()))
+def _stem(fake: onnx_ir.Node) -> str:
+    """What names derived from a constant begin with: its own, numbered from its second quantizer.
+
+    Readers that want other axes or methods each have a quantizer of a shared weight.
+    """
+    value = _input(fake, 0)
+    fakes = [use.node for use in value.uses() if use.node.domain == fake.domain]
+    number = fakes.index(fake)
+    return f"{value.name}#{number}" if number else value.name or ""
 
 
-def _transposed_codes(
-    graph: onnx_ir.Graph, value: onnx_ir.Value, params: QuantParams
-) -> onnx_ir.Value:
-    assert value.const_value is not None
-    codes = quantize(value.const_value.numpy(), params).astype(params.spec.onnx_type.numpy())
-    return constant(graph, f"{value.name}_qt", np.ascontiguousarray(codes.T))
+def _codes(graph: onnx_ir.Graph, fake: onnx_ir.Node) -> onnx_ir.Value:
+    """The codes of a constant; quantizers of equal codes share them."""
+    params = params_of(fake)
+    codes = quantize(_input_array(fake, 0), params).astype(params.spec.onnx_type.numpy())
+    known = graph.initializers.get(f"{_input(fake, 0).name}_q")
+    if known is not None and known.const_value is not None:
+        array = known.const_value.numpy()
+        if array.dtype == codes.dtype and np.array_equal(array, codes):
+            return known
+    return constant(graph, f"{_stem(fake)}_q", codes)
+
+
+def _transposed_codes(graph: onnx_ir.Graph, fake: onnx_ir.Node) -> onnx_ir.Value:
+    params = params_of(fake)
+    codes = quantize(_input_array(fake, 0), params).astype(params.spec.onnx_type.numpy())
+    return constant(graph, f"{_stem(fake)}_qt", np.ascontiguousarray(codes.T))
 
 
 def _gather_codes(

@@ -63,6 +63,17 @@ def _group(kind: str) -> Condition:
     return Condition(f"{kind} convolution", holds)
 
 
+def _vector_bias(node: onnx_ir.Node) -> bool:
+    if len(node.inputs) < 3 or node.inputs[2] is None:
+        return True
+    weight, bias = _constant(node, 1), _constant(node, 2)
+    if weight is None or bias is None or weight.shape.rank() != 2:
+        return False
+    columns = weight.shape[0 if node.attributes.get_int("transB", 0) else 1]
+    return bias.size == columns == list(bias.shape)[-1]
+
+
+_VECTOR_BIAS = Condition("no bias, or a constant with one entry per column", _vector_bias)
 _PLAIN_LSTM = Condition(
     "default activations, no peephole, no clip, forward or bidirectional, batch second",
     lambda node: (
@@ -115,6 +126,7 @@ def _gemm_conditions(transposed: int) -> tuple[Condition, ...]:
         _attribute("transA", 0, 0),
         _attribute("alpha", 1.0, 1.0),
         _attribute("beta", 1.0, 1.0),
+        _VECTOR_BIAS,
     )
 
 

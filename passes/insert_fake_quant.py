@@ -161,7 +161,8 @@ def _insert_weight(
     key = (f"{weight.name} {option.method}", spec)
     if key not in done:
         params = params_for_weight(weight.const_value.numpy(), spec)
-        name = f"{weight.name}_{option.method}"
+        number = sum(known == key[0] for known, _ in done)
+        name = f"{weight.name}_{option.method}{number or ''}"
         quantizer = fake_quant_node(weight, params, name, model.graph)
         quantizer.outputs[0].name = f"{name}_fq"
         model.graph.insert_before(node, quantizer)

@@ -112,10 +112,13 @@ class _Draft:
 def _consumers(
     model: Model, sites: Mapping[str, Site], static: Mapping[str, Chain]
 ) -> dict[str, tuple[str, ...]]:
-    """Static readers read the quantized value; all readers do where only codes are computed."""
+    """Static readers read the quantized value; all readers do where only codes are computed.
+
+    Nodes in the bodies of If, Loop and Scan count as readers of the values they capture.
+    """
     made_static = {v.name for chain in static.values() for v in chain.outputs}
     consumers: dict[str, list[str]] = {name: [] for name in sites}
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         name = node.name or ""
         operands = {v.name for v in static[name].operands} if name in static else set()
         for value in dict.fromkeys(v for v in node.inputs if v is not None):
