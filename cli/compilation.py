@@ -234,7 +234,7 @@ def _bench_feed(model: Model, calibration: Batches | None, request: Request) -> 
         return feed
     first = next(iter(calibration))
     return {
-        name: array if len(feed[name]) == len(array) or array.ndim == 0 else array[:1]
+        name: array if array.ndim == 0 or len(feed[name]) == len(array) else array[:1]
         for name, array in first.items()
     }
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from onnx_ir import TensorProtocol
 
+# Before it, runtimes know an initializer only by the graph input of its name.
+_IR_OF_FREE_INITIALIZERS = 4
 DOMAINS = ("", "ai.onnx.ml", "com.microsoft", "octavo")
 
 
@@ -33,6 +35,7 @@ def normalise(model: onnx_ir.Model, where: str) -> None:
     check_domains(model, where)
     sort(model.graph, where)
     onnx_passes.RemoveInitializersFromInputsPass()(model)
+    model.ir_version = max(model.ir_version, _IR_OF_FREE_INITIALIZERS)
     forget_impossible_shapes(model)
     lift_constants(model)
     resolve_identities(model)
