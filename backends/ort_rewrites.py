@@ -113,7 +113,7 @@ def blocked_matmul(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
     params, name = params_of(fake), _stem(fake)
     granularity = params.spec.granularity
     assert isinstance(granularity, PerBlock)
-    codes = quantize(_input_array(fake, 0), params)
+    codes = quantize(_input_array(fake, 0), params).astype(np.int16)
     rows, columns = codes.shape
     size = granularity.size
     packed = (codes.T + 128).astype(np.uint8).reshape(columns, rows // size, size)
@@ -219,8 +219,8 @@ def _gather_codes(
     graph: onnx_ir.Graph, node: onnx_ir.Node, codes: onnx_ir.Value, scale: onnx_ir.Value
 ) -> None:
     out = node.outputs[0].name or ""
-    rows = _insert(graph, node, "Gather", [codes, node.inputs[1]], f"{out}_q")
-    scales = _insert(graph, node, "Gather", [scale, node.inputs[1]], f"{out}_scale")
+    rows = _insert(graph, node, "Gather", [codes, node.inputs[1]], f"{out}_rows")
+    scales = _insert(graph, node, "Gather", [scale, node.inputs[1]], f"{out}_row_scales")
     real = _insert(graph, node, "Cast", [rows.outputs[0]], f"{out}_f32", {"to": 1})
     _replace(graph, node, "Mul", [real.outputs[0], scales.outputs[0]])
 

@@ -51,6 +51,8 @@ def find_chains(model: Model, target: Target) -> Mapping[str, Chain]:
         if row is None or name in absorbed:
             continue
         chain = _chain(node, row, target)
+        if any(_from_constants(value, row) for value in chain.operands):
+            continue
         absorbed.update(member.name or "" for member in chain.members[1:])
         chains[name] = chain
     return {name: chain for name, chain in chains.items() if name not in absorbed}
@@ -83,6 +85,16 @@ def _chain(head: onnx_ir.Node, row: KernelRow, target: Target) -> Chain:
     if activation is None or bounds is None:
         return Chain(head, row, tuple(members), operands)
     return Chain(head, row, (*members, activation), operands, True, bounds)
+
+
+def _from_constants(operand: onnx_ir.Value, row: KernelRow) -> bool:
+    """Whether an operand is a weight in disguise, which activation parameters fit badly."""
+    if operand.const_value is not None:
+        return row.same_params
+    producer = operand.producer()
+    return producer is not None and all(
+        v is None or v.const_value is not None for v in producer.inputs
+    )
 
 
 def _saturation(node: onnx_ir.Node | None, target: Target) -> float | None:
