@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from octavo.ir.constants import constant_behind
 from octavo.ir.target import Condition, KernelRow, Target
 
 if TYPE_CHECKING:
@@ -13,8 +14,7 @@ MICROSOFT = "com.microsoft"
 
 
 def _constant(node: onnx_ir.Node, index: int) -> onnx_ir.TensorProtocol | None:
-    value = node.inputs[index] if index < len(node.inputs) else None
-    return value.const_value if value is not None else None
+    return constant_behind(node.inputs[index]) if index < len(node.inputs) else None
 
 
 def _float_constant(index: int) -> Condition:
@@ -66,11 +66,11 @@ def _group(kind: str) -> Condition:
 def _vector_bias(node: onnx_ir.Node) -> bool:
     if len(node.inputs) < 3 or node.inputs[2] is None:
         return True
-    weight, bias = _constant(node, 1), _constant(node, 2)
-    if weight is None or bias is None or weight.shape.rank() != 2:
+    weight, bias = node.inputs[1], _constant(node, 2)
+    if weight is None or weight.shape is None or bias is None:
         return False
     columns = weight.shape[0 if node.attributes.get_int("transB", 0) else 1]
-    return bias.size == columns == list(bias.shape)[-1]
+    return [bias.size, bias.size] == [columns, *bias.shape.numpy()[-1:]]
 
 
 _VECTOR_BIAS = Condition("no bias, or a constant with one entry per column", _vector_bias)

@@ -16,7 +16,8 @@ from octavo.backends.ort_audit import audit
 from octavo.backends.ort_lowering import lower
 from octavo.backends.ort_session import OrtEvaluator
 from octavo.backends.ort_target import TARGETS
-from octavo.cli.candidates import Candidate, Measured, fastest
+from octavo.cli.candidates import Candidate, fastest
+from octavo.cli.measured import Measured
 from octavo.cli.request import Request
 from octavo.ir.artifact import Artifact, Audit, Bench, Probes
 from octavo.ir.artifact_io import MODEL, Manifest, write_artifact
@@ -101,6 +102,7 @@ class Compiled:
                 "shapes": " ".join(f"{k}={v}" for k, v in self.bench.shapes.items()),
                 "threads": self.request.threads,
                 "max_recurrent_error": self.request.max_recurrent_error,
+                "min_agreement": self.request.min_agreement,
             },
             results={
                 "model_bytes": self.artifact.bytes,
@@ -173,15 +175,15 @@ class _Job:
         def build(name: str, context: PassContext, /, **options: object) -> Candidate:
             pipeline = after.with_options("choose-kernels", **options)
             compiled = pipeline.run(base.model, context, self.instruments)
-            artifact = lower(compiled.model, _fresh(ctx.workdir, name) / MODEL)
-            return Candidate(name, pipeline, compiled, artifact)
+            path = _fresh(ctx.workdir, name) / MODEL
+            return Candidate(pipeline, compiled, lambda: lower(compiled.model, path))
 
         best, notes = fastest(build, ctx, measured)
         self.progress("prove", 0, 1)
         proof = audit(best.artifact, self.feed, threads=self.request.threads)
-        timing = measured.final_bench(best)
+        timing = measured.final_bench(best.artifact)
         self.progress("prove", 1, 1)
-        reference, outputs = measured.reference, measured.outputs(best)
+        reference, outputs = measured.reference, measured.outputs(best.artifact)
         return Compiled(
             request=self.request,
             source=self.model,

@@ -14,7 +14,8 @@ class Request:
 
     `pipeline` is a preset name or a pipeline text, empty for the preset the data allows.
     `batch` and `shapes` say what latency is measured with. `max_recurrent_error` bounds the
-    relative output error that a dynamic LSTM kernel may add.
+    relative output error that a dynamic LSTM kernel may add; below `min_agreement`, the share of
+    rows with the same arg-max, dynamic kernels without data give way to weight-only ones.
     """
 
     target: str = "ort-cpu"
@@ -25,3 +26,4 @@ class Request:
     seed: int = 0
     measure: bool = True
     max_recurrent_error: float = 0.02
+    min_agreement: float = 0.6

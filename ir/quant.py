@@ -136,12 +136,17 @@ def params_for_weight(weight: NDArray[np.floating], spec: QuantSpec) -> QuantPar
     return QuantParams(spec, scale, np.zeros(scale.shape, np.int32))
 
 
-def quantize(real: NDArray[np.floating], params: QuantParams) -> NDArray[np.int32]:
-    """The integer codes of `real`, as ONNX QuantizeLinear computes them (float32 division)."""
+def quantize(real: NDArray[np.floating], params: QuantParams) -> NDArray[np.int8 | np.uint8]:
+    """The integer codes of `real`, as ONNX QuantizeLinear computes them (float32 division).
+
+    Codes of fewer than 8 bits take a byte each. One float32 copy of `real` is the only temporary.
+    """
     scale, zero = broadcast_params(params, real.shape)
-    codes = np.rint(real.astype(np.float32) / scale) + zero
-    clipped: NDArray[np.int32] = np.clip(codes, params.spec.qmin, params.spec.qmax).astype(np.int32)
-    return clipped
+    codes = np.asarray(np.divide(real, scale, dtype=np.float32))
+    np.rint(codes, out=codes)
+    codes += zero.astype(np.float32)
+    np.clip(codes, params.spec.qmin, params.spec.qmax, out=codes)
+    return codes.astype(np.int8 if params.spec.signed else np.uint8)
 
 
 def dequantize(codes: NDArray[np.integer], params: QuantParams) -> NDArray[np.float32]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # protobuf ends at 2 GB; below, one file is simpler, unless the source had two already.
 INLINE_BYTES = 1_500_000_000
-INLINE_BYTES_OF_EXTERNAL_SOURCE = 1 << 28
+INLINE_BYTES_OF_EXTERNAL_SOURCE = 1 << 26
 _ALIGNMENT = 64
 _IR_VERSIONS = {23: 11, 24: 12, 25: 13, 26: 13}
 _OLD_IR_VERSION = 10

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
+from octavo.ir.constants import constant_behind
 from octavo.ir.facts import FLOAT, Choice, Fact, Option, Plan, Ranges
 from octavo.ir.quant import PerAxis, PerBlock, PerTensor, QuantSpec
 from octavo.passes.base import Pass, Statistic
@@ -209,6 +210,6 @@ def _is_output(node: onnx_ir.Node) -> bool:
 
 def _worth_storing(node: onnx_ir.Node, row: KernelRow) -> bool:
     """Whether 3 of 4 bytes saved outweigh the scales, nodes and names that unpack them."""
-    weights = [node.inputs[k] for k in row.weights]
-    elements = sum(v.const_value.size for v in weights if v is not None and v.const_value)
+    weights = [constant_behind(node.inputs[k]) for k in row.weights]
+    elements = sum(tensor.size for tensor in weights if tensor is not None)
     return 3 * elements > elements / 4 + _UNPACKING_BYTES

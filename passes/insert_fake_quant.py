@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, final
 
 import numpy as np
 
+from octavo.ir.constants import own_constant
 from octavo.ir.facts import Fact, Placement, Plan, Range, Ranges
 from octavo.ir.fake_quant import DOMAIN, OPTION, declare_functions, fake_quant_node
 from octavo.ir.quant import PerBlock, QuantParams, params_for_range, params_for_weight
@@ -150,8 +151,9 @@ def _insert_weight(
     option: Option,
     done: dict[tuple[str, QuantSpec], onnx_ir.Value],
 ) -> None:
-    weight = node.inputs[index]
-    assert weight is not None
+    read = node.inputs[index]
+    assert read is not None
+    weight = own_constant(read, model.graph)
     assert weight.const_value is not None
     assert option.weight is not None
     spec = option.weight

@@ -1,0 +1,115 @@
+"""What is measured on lowered files; cached, so that compiling again decides alike."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+from octavo.backends.bench import bench
+from octavo.backends.fidelity import Fidelity, compare, run_file
+from octavo.backends.ort_profile import measure_latencies
+from octavo.backends.ort_session import environment, release_memory
+from octavo.ir.cache import Cache, cache_key
+from octavo.ir.facts import Latencies
+
+if TYPE_CHECKING:
+    from octavo.backends.fidelity import Outputs
+    from octavo.cli.request import Request
+    from octavo.ir.artifact import Artifact, Bench
+    from octavo.ir.calibration import Feed
+
+_BENCH_SECONDS = 0.4
+
+
+@final
+@dataclass(frozen=True)
+class Measured:
+    """Latencies, speeds and outputs of artifacts of one source, on one feed and some probes."""
+
+    source: Path
+    feed: Feed
+    probes: Sequence[Feed]
+    request: Request
+    cache: Cache | None = None
+    benches: dict[Path, Bench] = field(default_factory=dict)
+
+    def latencies(self, artifact: Artifact) -> Latencies:
+        """Seconds per node in float and as planned."""
+        key = self._key("latencies", artifact)
+        if (stored := self._load(key)) is not None:
+            return Latencies(**stored)
+        measured = measure_latencies(
+            self.source, artifact.path, artifact.planned, self.feed, threads=self.request.threads
+        )
+        self._store(key, asdict(measured))
+        return measured
+
+    def speeds(self, artifacts: Sequence[Artifact]) -> list[float]:
+        """Speed of every artifact against the source; more than 1 is faster."""
+        key = self._key("speeds", *artifacts)
+        if (stored := self._load(key)) is not None:
+            return [float(speed) for speed in stored]
+        speeds = [row.speed for row in self._bench(artifacts).rows[1:]]
+        self._store(key, speeds)
+        return speeds
+
+    def final_bench(self, best: Artifact) -> Bench:
+        """The latency the output reports: of this process, never from the cache."""
+        done = self.benches.get(best.path) or self._bench([best])
+        mine = {str(self.source), str(best.path)}
+        return replace(done, rows=tuple(row for row in done.rows if row.file in mine))
+
+    def fidelity(self, artifact: Artifact) -> Fidelity:
+        """How far the artifact's outputs are from the source's on the probes."""
+        return compare(self.reference, self.outputs(artifact))
+
+    def outputs(self, artifact: Artifact) -> tuple[Outputs, ...]:
+        return self._run(artifact.path)
+
+    @cached_property
+    def reference(self) -> tuple[Outputs, ...]:
+        return self._run(self.source)
+
+    def _run(self, path: Path) -> tuple[Outputs, ...]:
+        outputs = run_file(path, self.probes, threads=self.request.threads)
+        release_memory()
+        return outputs
+
+    def _bench(self, artifacts: Sequence[Artifact]) -> Bench:
+        files = [artifact.path for artifact in artifacts]
+        measured = bench(
+            [self.source, *files],
+            self.feed,
+            threads=self.request.threads,
+            seconds_limit=_BENCH_SECONDS,
+        )
+        self.benches.update(dict.fromkeys(files, measured))
+        return measured
+
+    def _key(self, kind: str, *artifacts: Artifact) -> str:
+        shapes = {name: array.shape for name, array in self.feed.items()}
+        files = [_sha256(path) for a in artifacts for path in _files(a.path)]
+        measured_with = (repr(sorted(shapes.items())), environment(self.request.threads))
+        return cache_key(kind, _sha256(self.source), *files, *measured_with)
+
+    def _load(self, key: str) -> Any:
+        stored = self.cache.get(key) if self.cache else None
+        return json.loads(stored) if stored is not None else None
+
+    def _store(self, key: str, value: object) -> None:
+        if self.cache:
+            self.cache.put(key, json.dumps(value).encode())
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(path.name + "*"))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
