@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir
 
 from octavo.ir.fake_quant import constant, params_of
+from octavo.ir.mapped import reading
 from octavo.ir.quant import PerAxis, PerBlock, QuantParams, quantize
 
 if TYPE_CHECKING:
@@ -113,10 +114,11 @@ def blocked_matmul(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
     params, name = params_of(fake), _stem(fake)
     granularity = params.spec.granularity
     assert isinstance(granularity, PerBlock)
-    codes = quantize(_input_array(fake, 0), params).astype(np.int16)
+    codes = _quantized(fake, params)
     rows, columns = codes.shape
     size = granularity.size
-    packed = (codes.T + 128).astype(np.uint8).reshape(columns, rows // size, size)
+    # Adding 128 to a signed byte is flipping its highest bit.
+    packed = (codes.view(np.uint8) ^ 128).T.reshape(columns, rows // size, size)
     packed_value = constant(graph, f"{name}_q", packed)
     scale = constant(graph, f"{name}_scale", np.ascontiguousarray(params.scale.T).reshape(-1))
     attributes = {"K": rows, "N": columns, "bits": 8, "block_size": size, "accuracy_level": 4}
@@ -132,7 +134,7 @@ def dynamic_lstm(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
     for index in (1, 2):
         fake = _producer(node, index)
         params, name = params_of(fake), _stem(fake)
-        codes = quantize(_input_array(fake, 0), params).astype(np.int8)
+        codes = _quantized(fake, params)
         transposed = np.ascontiguousarray(codes.transpose(0, 2, 1))
         inputs[index] = constant(graph, f"{name}_q", transposed)
         scale = np.ascontiguousarray(params.scale[..., 0])
@@ -200,7 +202,7 @@ def _stem(fake: onnx_ir.Node) -> str:
 def _codes(graph: onnx_ir.Graph, fake: onnx_ir.Node) -> onnx_ir.Value:
     """The codes of a constant; quantizers of equal codes share them."""
     params = params_of(fake)
-    codes = quantize(_input_array(fake, 0), params).astype(params.spec.onnx_type.numpy())
+    codes = _quantized(fake, params)
     known = graph.initializers.get(f"{_input(fake, 0).name}_q")
     if known is not None and known.const_value is not None:
         array = known.const_value.numpy()
@@ -211,7 +213,7 @@ def _codes(graph: onnx_ir.Graph, fake: onnx_ir.Node) -> onnx_ir.Value:
 
 def _transposed_codes(graph: onnx_ir.Graph, fake: onnx_ir.Node) -> onnx_ir.Value:
     params = params_of(fake)
-    codes = quantize(_input_array(fake, 0), params).astype(params.spec.onnx_type.numpy())
+    codes = _quantized(fake, params)
     return constant(graph, f"{_stem(fake)}_qt", np.ascontiguousarray(codes.T))
 
 
@@ -299,6 +301,14 @@ def _input(node: onnx_ir.Node, index: int) -> onnx_ir.Value:
     value = node.inputs[index]
     assert value is not None
     return value
+
+
+def _quantized(fake: onnx_ir.Node, params: QuantParams) -> NDArray[np.generic]:
+    """The codes of the constant that a FakeQuant reads, in the type of its spec."""
+    tensor = _input(fake, 0).const_value
+    assert tensor is not None
+    dtype = params.spec.onnx_type.numpy()
+    return reading(tensor, lambda array: quantize(array, params).astype(dtype, copy=False))
 
 
 def _input_array(node: onnx_ir.Node, index: int) -> NDArray[np.float32]:

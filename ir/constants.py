@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir
 
+from octavo.ir.mapped import reading
+
 if TYPE_CHECKING:
     from onnx_ir import TensorProtocol
 
@@ -35,7 +37,7 @@ def own_constant(value: onnx_ir.Value, graph: onnx_ir.Graph) -> onnx_ir.Value:
         return graph.initializers[name]
     rows, columns = tensor.shape.numpy()
     turned = onnx_ir.LazyTensor(
-        lambda: onnx_ir.Tensor(np.ascontiguousarray(tensor.numpy().T), name=name),
+        lambda: onnx_ir.Tensor(reading(tensor, lambda a: np.array(a.T, order="C")), name=name),
         dtype=tensor.dtype,
         shape=onnx_ir.Shape((columns, rows)),
         name=name,

@@ -34,8 +34,8 @@ class CostModel(Protocol):
     def source(self) -> str:
         """ "measured on …" or "analytic"; shown wherever a decision rests on it."""
 
-    def seconds(self, model: Model, node_name: str, method: Method) -> float | None:
+    def seconds(self, node: onnx_ir.Node, method: Method) -> float | None:
         """Seconds of a node under a method, `None` where nothing is known."""
 
-    def boundary_seconds(self, model: Model, value: onnx_ir.Value) -> float:
+    def boundary_seconds(self, value: onnx_ir.Value) -> float:
         """Seconds to move a value between float and integer compute (one Q or DQ)."""

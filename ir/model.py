@@ -8,15 +8,18 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar, final
 
+import numpy as np
 import onnx_ir
 
 from octavo.ir.errors import VerificationFailed
 from octavo.ir.facts import Fact
+from octavo.ir.mapped import reading
 from octavo.ir.subgraphs import subgraphs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from numpy.typing import NDArray
     from onnx_ir import TensorProtocol
 
 SomeFact = TypeVar("SomeFact", bound=Fact)
@@ -96,10 +99,15 @@ def tensor_sha256(tensor: TensorProtocol) -> str:
     if tensor.dtype == onnx_ir.DataType.STRING:
         digest.update(repr(tensor.numpy().tolist()).encode())
     else:
-        digest.update(tensor.tobytes())
+        digest.update(reading(tensor, _bytes))
     if meta is not None:
         meta[_DIGEST] = digest.hexdigest()
     return digest.hexdigest()
+
+
+def _bytes(array: NDArray[np.generic]) -> bytes:
+    flat = np.ascontiguousarray(array).reshape(-1)
+    return hashlib.sha256(memoryview(flat.view(np.uint8))).digest()
 
 
 def weight_bytes(model: Model) -> int:

@@ -130,7 +130,9 @@ def params_for_range(spec: QuantSpec, low: float, high: float) -> QuantParams:
 def params_for_weight(weight: NDArray[np.floating], spec: QuantSpec) -> QuantParams:
     """Symmetric parameters whose grid covers the largest magnitude of every channel or block."""
     grouped = _grouped(weight, spec.granularity)
-    largest = np.abs(grouped.array).max(axis=grouped.reduced, initial=0.0)
+    high = grouped.array.max(axis=grouped.reduced, initial=0.0)
+    low = grouped.array.min(axis=grouped.reduced, initial=0.0)
+    largest = np.maximum(high, -low)
     scale = (largest / spec.qmax).astype(np.float32)
     scale[scale <= np.finfo(np.float32).tiny] = 1.0
     return QuantParams(spec, scale, np.zeros(scale.shape, np.int32))
@@ -193,6 +195,8 @@ def _grouped(weight: NDArray[np.floating], granularity: Granularity) -> _Grouped
         case PerBlock(axis, size):
             axis %= weight.ndim
             short = -weight.shape[axis] % size
-            padded = np.pad(weight, [(0, short if k == axis else 0) for k in range(weight.ndim)])
+            if short:
+                widths = [(0, short if k == axis else 0) for k in range(weight.ndim)]
+                weight = np.pad(weight, widths)
             shape = [*weight.shape[:axis], -1, size, *weight.shape[axis + 1 :]]
-            return _Grouped(padded.reshape(shape), (axis + 1,))
+            return _Grouped(weight.reshape(shape), (axis + 1,))

@@ -11,6 +11,7 @@ import numpy as np
 from octavo.ir.constants import own_constant
 from octavo.ir.facts import Fact, Placement, Plan, Range, Ranges
 from octavo.ir.fake_quant import DOMAIN, OPTION, declare_functions, fake_quant_node
+from octavo.ir.mapped import reading
 from octavo.ir.quant import PerBlock, QuantParams, params_for_range, params_for_weight
 from octavo.passes.base import Pass
 
@@ -162,7 +163,7 @@ def _insert_weight(
         spec = replace(spec, granularity=PerBlock(axis, weight.const_value.shape.numpy()[axis]))
     key = (f"{weight.name} {option.method}", spec)
     if key not in done:
-        params = params_for_weight(weight.const_value.numpy(), spec)
+        params = reading(weight.const_value, lambda array: params_for_weight(array, spec))
         number = sum(known == key[0] for known, _ in done)
         name = f"{weight.name}_{option.method}{number or ''}"
         quantizer = fake_quant_node(weight, params, name, model.graph)
