@@ -48,7 +48,6 @@ class Case:
     bytes_ratio: float | None = None
     compile_seconds: float | None = None
     peak_bytes: float | None = None
-    options: Sequence[str] = ()
     peers: Sequence[str] = ()
 
     def model(self) -> Path:

@@ -59,7 +59,7 @@ def _compile(
         command += ["--shape", f"{name}={'x'.join(map(str, shape))}"]
     if calibration is not None:
         command += ["--calibration", calibration]
-    process = run([*command, *case.options])
+    process = run(command)
     if process.code not in (0, _AUDIT_FAILED) or not artifact.exists():
         message = f"octavo compile ended with code {process.code}:\n{process.output}"
         raise RuntimeError(message)
