@@ -107,7 +107,7 @@ def tensor_sha256(tensor: TensorProtocol) -> str:
 
 def _bytes(array: NDArray[np.generic]) -> bytes:
     flat = np.ascontiguousarray(array).reshape(-1)
-    return hashlib.sha256(memoryview(flat.view(np.uint8))).digest()
+    return hashlib.sha256(flat.view(np.uint8).data).digest()
 
 
 def weight_bytes(model: Model) -> int:
