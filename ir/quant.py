@@ -133,8 +133,8 @@ def params_for_weight(weight: NDArray[np.floating], spec: QuantSpec) -> QuantPar
     high = grouped.array.max(axis=grouped.reduced, initial=0.0)
     low = grouped.array.min(axis=grouped.reduced, initial=0.0)
     largest = np.maximum(high, -low)
-    scale = (largest / spec.qmax).astype(np.float32)
-    scale[scale <= np.finfo(np.float32).tiny] = 1.0
+    scale = np.asarray(largest / spec.qmax, np.float32)
+    scale = np.where(scale <= np.finfo(np.float32).tiny, np.float32(1), scale)
     return QuantParams(spec, scale, np.zeros(scale.shape, np.int32))
 
 

@@ -13,6 +13,7 @@ from octavo.passes.base import Pass, Statistic
 from octavo.passes.chains import bias_add, find_chains
 from octavo.passes.partition import Edge, Item, integer_side
 from octavo.passes.patterns import select
+from octavo.passes.stored_once import without_float_copies
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -83,8 +84,9 @@ class ChooseKernels(Pass):
                 choices[name] = Choice(FLOAT, f"kept float by '{kept[name]}'")
             elif (choice := self._otherwise(node, name in chains, ctx, total)) is not None:
                 choices[name] = choice
-            if name in choices:
-                ctx.count(choices[name].option.method)
+        choices = without_float_copies(model, choices, ctx.target)
+        for choice in choices.values():
+            ctx.count(choice.option.method)
         return model.with_fact(Plan(choices, ctx.cost.source))
 
     def _candidates(

@@ -1,0 +1,189 @@
+"""FakeQuant nodes as two runtimes execute them, against the numpy reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+import onnx
+import onnx_ir
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx.reference import ReferenceEvaluator
+
+from octavo.backends.ort_session import make_session
+from octavo.ir.fake_quant import (
+    DOMAIN,
+    constant,
+    declare_functions,
+    fake_quant_node,
+    params_of,
+    parse_spec,
+    spec_text,
+)
+from octavo.ir.quant import (
+    Granularity,
+    PerAxis,
+    PerBlock,
+    PerTensor,
+    QuantParams,
+    QuantSpec,
+    QuantType,
+    dequantize,
+    params_for_weight,
+    quantize,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Run = Callable[[onnx.ModelProto, "NDArray[np.float32]"], "NDArray[Any]"]
+SHAPE = (4, 6, 2)
+GRANULARITIES: tuple[Granularity, ...] = (
+    PerTensor(),
+    PerAxis(0),
+    PerAxis(1),
+    PerAxis(2),
+    PerBlock(0, 2),
+    PerBlock(1, 3),
+    PerBlock(2, 2),
+)
+DTYPES = get_args(QuantType)
+# One float32 rounding of (q - zero) · scale.
+RELATIVE = 1.2e-7
+
+
+def _onnxruntime(model: onnx.ModelProto, x: NDArray[np.float32]) -> NDArray[Any]:
+    session = make_session(model.SerializeToString(), threads=1, optimization="none")
+    return session.run({"x": x})["y"]
+
+
+def _reference(model: onnx.ModelProto, x: NDArray[np.float32]) -> NDArray[Any]:
+    (found,) = ReferenceEvaluator(model).run(None, {"x": x})
+    return np.asarray(found)
+
+
+RUNTIMES = pytest.mark.parametrize("run", [_onnxruntime, _reference])
+
+
+def _model(
+    insert: Callable[[onnx_ir.Value, onnx_ir.Graph], onnx_ir.Node],
+) -> tuple[onnx.ModelProto, onnx_ir.Node]:
+    float32 = onnx_ir.TensorType(onnx_ir.DataType.FLOAT)
+    x = onnx_ir.Value(name="x", shape=onnx_ir.Shape(SHAPE), type=float32)
+    graph = onnx_ir.Graph([x], [], nodes=[], name="g", opset_imports={"": 21})
+    node = insert(x, graph)
+    node.outputs[0].name = "y"
+    node.outputs[0].shape, node.outputs[0].type = x.shape, float32
+    graph.append(node)
+    graph.outputs.append(node.outputs[0])
+    model = onnx_ir.Model(graph, ir_version=10)
+    declare_functions(model)
+    proto = onnx_ir.to_proto(model)
+    onnx.checker.check_model(proto, full_check=True)
+    return proto, node
+
+
+def _fake(params: QuantParams) -> tuple[onnx.ModelProto, onnx_ir.Node]:
+    return _model(lambda x, graph: fake_quant_node(x, params, "fake", graph))
+
+
+def _drawn() -> NDArray[np.float32]:
+    x = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
+    # Ties of a power-of-two scale, and values outside of every grid.
+    x[0, 0], x[0, 1] = (0.25, -0.75), (1e5, -1e5)
+    return x
+
+
+@RUNTIMES
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_runtimes_round_as_the_reference_does(
+    dtype: QuantType, granularity: Granularity, run: Run
+) -> None:
+    spec = QuantSpec(dtype, granularity)
+    shape = params_for_weight(np.ones(SHAPE, np.float32), spec).scale.shape
+    rng = np.random.default_rng(1)
+    scale = np.array(rng.choice([0.5, 0.37, 0.05], shape), np.float32)
+    params = QuantParams(spec, scale, np.array(rng.integers(spec.qmin, spec.qmax + 1, shape)))
+    proto, _ = _fake(params)
+    expected = dequantize(quantize(_drawn(), params), params)
+    np.testing.assert_allclose(run(proto, _drawn()), expected, rtol=RELATIVE, atol=0)
+    assert len(np.unique(expected)) > 1
+
+
+@RUNTIMES
+def test_the_dynamic_form_finds_its_parameters(run: Run) -> None:
+    proto, _ = _model(
+        lambda x, graph: onnx_ir.node("FakeQuantDynamic", [x], domain=DOMAIN, name="fake")
+    )
+    x = np.random.default_rng(2).standard_normal(SHAPE).astype(np.float32)
+    low, high = float(x.min()), float(x.max())
+    # DynamicQuantizeLinear: 8 bits over the observed range with zero, all in float32.
+    scale = np.float32((np.float32(high) - np.float32(low)) / 255)
+    zero = np.clip(np.rint(-np.float32(low) / scale), 0, 255).astype(np.int32)
+    params = QuantParams(QuantSpec("u8"), np.array(scale), np.array(zero))
+    expected = dequantize(quantize(x, params), params)
+    np.testing.assert_allclose(run(proto, x), expected, rtol=RELATIVE, atol=0)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
+def test_a_node_gives_its_parameters_back(granularity: Granularity) -> None:
+    spec = QuantSpec("s8", granularity, symmetric=True)
+    params = params_for_weight(_drawn(), spec)
+    found = params_of(_fake(params)[1])
+    assert found.spec == spec
+    np.testing.assert_array_equal(found.scale, params.scale)
+    np.testing.assert_array_equal(found.zero_point, params.zero_point)
+
+
+def test_only_a_split_axis_needs_the_blocked_form() -> None:
+    for granularity, op_type in (
+        (PerBlock(1, 3), "FakeQuantBlocks"),
+        (PerBlock(1, 6), "FakeQuant"),
+    ):
+        params = params_for_weight(_drawn(), QuantSpec("s4", granularity, symmetric=True))
+        proto, node = _fake(params)
+        assert node.op_type == op_type
+        assert [function.name for function in proto.functions] == [op_type]
+
+
+def test_functions_go_with_their_last_node() -> None:
+    proto, _ = _fake(params_for_weight(_drawn(), QuantSpec("s8", symmetric=True)))
+    model = onnx_ir.from_proto(proto)
+    model.graph.outputs[0] = model.graph.inputs[0]
+    model.graph.remove(model.graph[0])
+    declare_functions(model)
+    assert (len(model.functions), DOMAIN in model.opset_imports) == (0, False)
+
+
+def test_a_constant_is_made_once() -> None:
+    graph = onnx_ir.Graph([], [], nodes=[], name="g")
+    first = constant(graph, "one", np.ones(3, np.float32))
+    assert constant(graph, "one", np.ones(3, np.float32)) is first
+    assert first.is_initializer()
+
+
+@given(
+    st.sampled_from(DTYPES),
+    st.one_of(
+        st.just(PerTensor()),
+        st.builds(PerAxis, st.integers(0, 9)),
+        st.builds(PerBlock, st.integers(0, 9), st.integers(1, 1024)),
+    ),
+    st.booleans(),
+    st.sampled_from([None, 5, 7]),
+)
+def test_the_text_of_a_spec_reads_back(
+    dtype: QuantType, granularity: Granularity, symmetric: bool, used_bits: int | None
+) -> None:
+    spec = QuantSpec(dtype, granularity, symmetric, used_bits)
+    assert parse_spec(spec_text(spec)) == spec
+
+
+@pytest.mark.parametrize("text", ["", "s8", "s8/axis", "f8/tensor/x", "s8/block32", "s8/tensor*"])
+def test_what_is_no_spec_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a quantization spec"):
+        parse_spec(text)
