@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import onnx_ir
 
 
-def lower(model: Model, path: Path) -> Artifact:
+def lower(model: Model, path: Path, target: str = ORT_CPU.name) -> Artifact:
     """Write the lowered model to `path`; the given model is not changed.
 
     Raises VerificationFailed when the result is not well-formed.
@@ -29,9 +29,9 @@ def lower(model: Model, path: Path) -> Artifact:
     explicit = rewrite(own)
     planned = tuple(_planned(model, own, explicit))
     _strip(own)
-    verify(own, after_pass="lowering to ort-cpu")
+    verify(own, after_pass=f"lowering to {target}")
     write(own, path)
-    return Artifact(path, ORT_CPU.name, planned)
+    return Artifact(path, target, planned)
 
 
 def rewrite(own: Model) -> dict[str, str]:

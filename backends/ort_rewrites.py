@@ -6,6 +6,7 @@ that the audit finds a planned node's kernel by name.
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -265,10 +266,25 @@ def _insert(
     name: str,
     attributes: dict[str, int] | None = None,
 ) -> onnx_ir.Node:
+    name = _unique(graph, name)
     node = onnx_ir.node(op_type, inputs, attributes=attributes or {}, name=name)
     node.outputs[0].name = name
     graph.insert_before(before, node)
     return node
+
+
+def _unique(graph: onnx_ir.Graph, name: str) -> str:
+    """A name that no node or value has; a model lowered before uses the same ones."""
+    taken: set[str] = graph.meta.setdefault("octavo.names", _names(graph))
+    numbered = (f"{name}_{number}" for number in itertools.count(1))
+    free = name if name not in taken else next(n for n in numbered if n not in taken)
+    taken.add(free)
+    return free
+
+
+def _names(graph: onnx_ir.Graph) -> set[str]:
+    names = {node.name or "" for node in graph} | set(graph.initializers)
+    return names | {v.name or "" for node in graph for v in node.outputs}
 
 
 def _replace(

@@ -170,6 +170,15 @@ def environment(threads: int) -> str:
 
 
 @cache
+def has_vnni() -> bool:
+    """Whether this processor multiplies bytes without saturating; true where nothing tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else ""
+    flags = next((line for line in text.splitlines() if line.startswith("flags")), "vnni")
+    return "vnni" in flags
+
+
+@cache
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():

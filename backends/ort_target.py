@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from octavo.ir.constants import constant_behind
@@ -73,6 +74,17 @@ def _vector_bias(node: onnx_ir.Node) -> bool:
     return [bias.size, bias.size] == [columns, *bias.shape.numpy()[-1:]]
 
 
+def _leaves(value: onnx_ir.Value) -> bool:
+    """Whether a value is a graph output, as it is or in another shape."""
+    readers = (node for node in value.consumers() if node.op_type in _VIEWS)
+    return value.is_graph_output() or any(_leaves(node.outputs[0]) for node in readers)
+
+
+_VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
+_INNER = Condition(
+    "an output inside the graph: probabilities below 1/512 would leave it as 0",
+    lambda node: not _leaves(node.outputs[0]),
+)
 _VECTOR_BIAS = Condition("no bias, or a constant with one entry per column", _vector_bias)
 _PLAIN_LSTM = Condition(
     "default activations, no peephole, no clip, forward or bidirectional, batch second",
@@ -101,13 +113,16 @@ def _conv(kind: str, speed: float, note: str = "") -> KernelRow:
 
 
 def _elementwise(
-    op_type: str, kernel: str, *, fixed: tuple[float, float] | None = None
+    op_type: str,
+    kernel: str,
+    *conditions: Condition,
+    fixed: tuple[float, float] | None = None,
 ) -> KernelRow:
     operands = {"Add": (0, 1), "Mul": (0, 1), "Concat": (), "Where": (1, 2)}.get(op_type, (0,))
     return KernelRow(
         op_type, "static", (f"{MICROSOFT}::{kernel}",), operands, variadic=not operands,
         fixed_range=fixed,
-        conditions=(_float_inputs(*operands),), speed=0.6,
+        conditions=(_float_inputs(*operands), *conditions), speed=0.6,
     )  # fmt: skip
 
 
@@ -167,7 +182,7 @@ _STATIC = (
     _elementwise("Where", "QLinearWhere"),
     _elementwise("AveragePool", "QLinearAveragePool"),
     _elementwise("GlobalAveragePool", "QLinearGlobalAveragePool"),
-    _elementwise("Softmax", "QLinearSoftmax", fixed=(0.0, 1.0)),
+    _elementwise("Softmax", "QLinearSoftmax", _INNER, fixed=(0.0, 1.0)),
     _elementwise("Sigmoid", "QLinearSigmoid", fixed=(0.0, 1.0)),
     _elementwise("LeakyRelu", "QLinearLeakyRelu"),
     _movement("MaxPool", _rank(0, 4), kernel=f"{MICROSOFT}::NhwcMaxPool"),
@@ -249,4 +264,7 @@ ORT_CPU = Target(
     never=_NEVER,
 )
 
-TARGETS = {ORT_CPU.name: ORT_CPU}
+# Without VNNI the u8·s8 kernel adds pairs of products in saturating 16 bits: 7-bit weights cannot.
+ORT_CPU_AVX2 = replace(ORT_CPU, name="ort-cpu-avx2", weight_bits=7)
+
+TARGETS = {target.name: target for target in (ORT_CPU, ORT_CPU_AVX2)}

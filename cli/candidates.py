@@ -59,7 +59,9 @@ def fastest(
 ) -> tuple[Candidate, tuple[str, ...]]:
     """The fastest faithful candidate, and what the search found, in sentences."""
     first = build("estimated", ctx)
-    if not measured.request.measure or not first.options:
+    if not first.options:
+        return first, ("nothing to decide: the model has no node this target computes in int8",)
+    if not measured.request.measure:
         return first, ("latency was not measured: the plan rests on estimates",)
     notes: list[str] = []
     if first.has("dynamic") and not first.has("static"):

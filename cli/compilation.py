@@ -14,7 +14,7 @@ from octavo.backends.bench import random_feed
 from octavo.backends.fidelity import Fidelity, compare
 from octavo.backends.ort_audit import audit
 from octavo.backends.ort_lowering import lower
-from octavo.backends.ort_session import OrtEvaluator
+from octavo.backends.ort_session import OrtEvaluator, has_vnni
 from octavo.backends.ort_target import TARGETS
 from octavo.cli.candidates import Candidate, fastest
 from octavo.cli.measured import Measured
@@ -176,7 +176,9 @@ class _Job:
             pipeline = after.with_options("choose-kernels", **options)
             compiled = pipeline.run(base.model, context, self.instruments)
             path = _fresh(ctx.workdir, name) / MODEL
-            return Candidate(pipeline, compiled, lambda: lower(compiled.model, path))
+            return Candidate(
+                pipeline, compiled, lambda: lower(compiled.model, path, ctx.target.name)
+            )
 
         best, notes = fastest(build, ctx, measured)
         self.progress("prove", 0, 1)
@@ -195,7 +197,7 @@ class _Job:
             bench=timing,
             fidelity=compare(reference, outputs),
             probes=Probes(tuple(probes[:_PROBES]), outputs[:_PROBES]),
-            notes=notes,
+            notes=(*notes, *_saturation(self.ctx.target)),
             calibration=self.ctx.calibration,
         )
 
@@ -210,6 +212,12 @@ class _Job:
             if sum(len(next(iter(f.values()))) for f in feeds) >= _COMPARED_SAMPLES:
                 break
         return tuple(feeds)
+
+
+def _saturation(target: Target) -> tuple[str, ...]:
+    if target.weight_bits < 8 or has_vnni():
+        return ()
+    return ("this processor has no VNNI, 8-bit weights may saturate: see --target ort-cpu-avx2",)
 
 
 def _target(name: str) -> Target:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from octavo.cli.candidates import NOT_SLOWER
 from octavo.cli.render import format_bytes, format_seconds, print_json, print_message, print_table
 
 if TYPE_CHECKING:
@@ -85,6 +86,6 @@ def _lines(compiled: Compiled, manifest: Manifest, output: Path) -> Iterator[str
     yield f"measured:    {feed}, {shapes}; {timing.rounds} rounds; {timing.environment}"
     yield f"seed:        {manifest.seed}"
     yield from (f"note:        {note}" for note in compiled.notes)
-    if timing.rows[-1].speed < 1:
+    if timing.rows[-1].speed < NOT_SLOWER:
         yield "note:        the artifact is slower than its source here"
     yield f"next:        octavo inspect {output} lists every layer with its kernel and reason"

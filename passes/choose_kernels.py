@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, final
 
 from octavo.ir.constants import constant_behind
-from octavo.ir.facts import FLOAT, Choice, Fact, Option, Plan, Ranges
+from octavo.ir.facts import FLOAT, Choice, Fact, Option, Plan, QuantizedInput, Ranges
 from octavo.ir.quant import PerAxis, PerBlock, PerTensor, QuantSpec
 from octavo.passes.base import Pass, Statistic
 from octavo.passes.chains import bias_add, find_chains
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from octavo.ir.facts import Method
     from octavo.ir.model import Model
-    from octavo.ir.target import KernelRow
+    from octavo.ir.target import KernelRow, Target
     from octavo.passes.base import PassContext
     from octavo.passes.chains import Chain
 
@@ -98,10 +98,14 @@ class ChooseKernels(Pass):
                 ctx.remark("note", "", "no calibrated ranges: no static integer kernels")
             return {}
         chains = find_chains(model, ctx.target)
+        known = model.find(QuantizedInput)
+        quantized = set(known.by_value) if known is not None else set()
         return {
             name: chain
             for name, chain in chains.items()
-            if not any(m.name in kept for m in chain.members) and _calibrated(chain, ranges)
+            if not any(m.name in kept for m in chain.members)
+            and _calibrated(chain, ranges)
+            and quantized.isdisjoint(v.name for v in (*chain.operands, *chain.outputs))
         }
 
     def _otherwise(
@@ -119,10 +123,10 @@ class ChooseKernels(Pass):
         method = min(seconds, key=lambda m: seconds[m])
         row = ctx.target.support(node, method).row if method != "float" else None
         if row is not None:
-            return Choice(self._option(row, node, method), reason, _named(seconds))
+            return Choice(self._option(row, node, method, ctx), reason, _named(seconds))
         if not self.storage:
             return Choice(FLOAT, reason, _named(seconds))
-        return Choice(self._option(stored, node, "storage"), reason, _named(seconds))
+        return Choice(self._option(stored, node, "storage", ctx), reason, _named(seconds))
 
     def _seconds(self, node: onnx_ir.Node, ctx: PassContext, total: float) -> dict[Method, float]:
         """Seconds of every option but static that is allowed, `total` being the whole graph's."""
@@ -138,10 +142,13 @@ class ChooseKernels(Pass):
             seconds[method] = integer
         return seconds
 
-    def _option(self, row: KernelRow, node: onnx_ir.Node, method: Method) -> Option:
+    def _option(
+        self, row: KernelRow, node: onnx_ir.Node, method: Method, ctx: PassContext
+    ) -> Option:
         if method == "weight-only":
             return Option(method, QuantSpec("s8", PerBlock(0, self.block_size), symmetric=True))
-        return Option(method, _weight_spec(row, node))
+        spec = _weight_spec(row, node)
+        return Option(method, spec if method == "storage" else _computed(spec, ctx.target))
 
 
 def _problem(
@@ -178,7 +185,7 @@ def _problem(
 
 
 def _static_choice(chain: Chain, node: onnx_ir.Node, ctx: PassContext) -> Choice:
-    weight = _weight_spec(chain.row, node) if chain.row.weights else None
+    weight = _computed(_weight_spec(chain.row, node), ctx.target) if chain.row.weights else None
     seconds = {
         str(m): s for m in ("float", "static") if (s := ctx.cost.seconds(node, m)) is not None
     }
@@ -187,6 +194,11 @@ def _static_choice(chain: Chain, node: onnx_ir.Node, ctx: PassContext) -> Choice
 
 def _named(seconds: Mapping[Method, float]) -> dict[str, float]:
     return {str(method): value for method, value in seconds.items()}
+
+
+def _computed(spec: QuantSpec, target: Target) -> QuantSpec:
+    """The spec of a weight that an integer kernel multiplies, in the bits it can take."""
+    return spec if target.weight_bits == spec.bits else replace(spec, used_bits=target.weight_bits)
 
 
 def _weight_spec(row: KernelRow, node: onnx_ir.Node) -> QuantSpec:
@@ -212,6 +224,10 @@ def _is_output(node: onnx_ir.Node) -> bool:
 
 def _worth_storing(node: onnx_ir.Node, row: KernelRow) -> bool:
     """Whether 3 of 4 bytes saved outweigh the scales, nodes and names that unpack them."""
-    weights = [constant_behind(node.inputs[k]) for k in row.weights]
-    elements = sum(tensor.size for tensor in weights if tensor is not None)
-    return 3 * elements > elements / 4 + _UNPACKING_BYTES
+    saved = -_UNPACKING_BYTES
+    for tensor in (constant_behind(node.inputs[k]) for k in row.weights):
+        if tensor is not None:
+            sizes = tensor.shape.numpy()
+            scales = sizes[row.weight_axis % len(sizes)] if len(sizes) > 1 else 1
+            saved += 3 * tensor.size - 4 * scales
+    return saved > 0

@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+
 from octavo.passes.partition import Edge, Item, integer_side
 
 
