@@ -188,11 +188,12 @@ def _codes(weight: Array, axis: int | None) -> tuple[NDArray[np.int8], NDArray[n
 
 
 def _node(example: Example) -> onnx_ir.Node:
-    """The plain float node, as the table's conditions see it."""
+    """The plain float node inside a graph, as the table's conditions see it."""
     pattern = Pattern(example.opset)
     names = [_plain(pattern, f"v{k}", v) for k, v in enumerate(example.inputs)]
     _call(pattern, example, names)
     model = onnx_ir.serde.deserialize_model(onnx.ModelProto.FromString(pattern.model()))
+    model.graph.outputs.clear()
     return next(iter(model.graph))
 
 
