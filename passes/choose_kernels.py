@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 
 _RECURRENT = ("LSTM", "GRU", "RNN")
 _UNPACKING_BYTES = 2000
-# Share of all float seconds that quantizing the input of an output layer has to save.
+# Shares of all float seconds that an integer kernel has to save to be worth its error: nothing
+# averages that of a graph output, and every quantizer in front of a region adds one.
 _OUTPUT_GAIN = 0.02
+_QUANTIZER_PRICE = 0.002
 
 
 @final
@@ -71,7 +73,7 @@ class ChooseKernels(Pass):
         chains = self._candidates(model, ctx, kept)
         total = sum(ctx.cost.seconds(node, "float") or 0.0 for node in model.graph)
         other = {n: min(self._seconds(c.head, ctx, total).values()) for n, c in chains.items()}
-        integer = integer_side(*_problem(chains, other, _OUTPUT_GAIN * total, ctx))
+        integer = integer_side(*_problem(chains, other, total, ctx))
         absorbed = {m.name: c for n, c in chains.items() if n in integer for m in c.members[1:]}
         choices: dict[str, Choice] = {}
         for node in model.graph:
@@ -133,7 +135,9 @@ class ChooseKernels(Pass):
         seconds: dict[Method, float] = {"float": ctx.cost.seconds(node, "float") or 0.0}
         method: Method = "weight-only" if self.weight_only else "dynamic"
         allowed = self.dynamic and (self.recurrent or node.op_type not in _RECURRENT)
-        integer = ctx.cost.seconds(node, method) if allowed or self.weight_only else None
+        if self.weight_only:
+            allowed = _fills_blocks(node, self.block_size)
+        integer = ctx.cost.seconds(node, method) if allowed else None
         if integer is None:
             return seconds
         # Nothing averages the error of an output layer: its kernel has to save more.
@@ -152,17 +156,17 @@ class ChooseKernels(Pass):
 
 
 def _problem(
-    chains: Mapping[str, Chain], other: Mapping[str, float], least: float, ctx: PassContext
+    chains: Mapping[str, Chain], other: Mapping[str, float], total: float, ctx: PassContext
 ) -> tuple[list[Item], list[Edge]]:
     """The cut problem: one item per candidate chain, one edge per value they touch.
 
-    `least` are the seconds an output layer has to save, `other` those of the best other option.
+    `other` are the seconds of the best option but static, `total` those of the whole graph.
     """
     items = []
     for name, chain in chains.items():
         integer = ctx.cost.seconds(chain.head, "static")
-        if integer is not None and chain.row.weights and chain.output.is_graph_output():
-            integer += least
+        if integer is not None and chain.output.is_graph_output():
+            integer += _OUTPUT_GAIN * total
         members = (ctx.cost.seconds(m, "float") or 0.0 for m in chain.members[1:])
         items.append(Item(name, integer, other[name] + sum(members)))
     owner = {m.name: name for name, chain in chains.items() for m in chain.members}
@@ -178,9 +182,9 @@ def _problem(
         if value.is_graph_output():
             readers.append(None)
         seconds = ctx.cost.boundary_seconds(value)
-        edges.append(
-            Edge(value.name or "", made_by, tuple(readers), seconds, 0.0 if free else seconds)
-        )
+        back = 0.0 if free else seconds
+        quantize = seconds + _QUANTIZER_PRICE * total
+        edges.append(Edge(value.name or "", made_by, tuple(readers), quantize, back))
     return items, edges
 
 
@@ -215,6 +219,13 @@ def _weight_spec(row: KernelRow, node: onnx_ir.Node) -> QuantSpec:
 def _calibrated(chain: Chain, ranges: Ranges) -> bool:
     values = (*chain.operands, *chain.outputs)
     return all(v.const_value is not None or v.name in ranges.by_value for v in values)
+
+
+def _fills_blocks(node: onnx_ir.Node, size: int) -> bool:
+    """Whether the rows of a weight are whole blocks."""
+    weight = node.inputs[1] if len(node.inputs) > 1 else None
+    rows = weight.shape[0] if weight is not None and weight.shape else None
+    return isinstance(rows, int) and rows % size == 0
 
 
 def _is_output(node: onnx_ir.Node) -> bool:
