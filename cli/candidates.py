@@ -66,13 +66,13 @@ def fastest(
     notes: list[str] = []
     if first.has("dynamic") and not first.has("static"):
         first = _faithful_without_data(build, ctx, measured, first, notes)
-    own = replace(ctx, cost=_measured_cost(first, ctx, measured))
-    second = build("measured", own, weight_only=first.has("weight-only"))
-    if second.options == first.options:
-        candidates = [_with_seconds(first, second)]
-    else:
-        candidates = [first, second]
-    _add_recurrent(build, own, measured, candidates, notes)
+    candidates, own = [first], ctx
+    if not first.has("weight-only"):
+        own = replace(ctx, cost=_measured_cost(first, ctx, measured))
+        second = build("measured", own)
+        same = second.options == first.options
+        candidates = [_with_seconds(first, second)] if same else [first, second]
+        _add_recurrent(build, own, measured, candidates, notes)
     speeds = measured.speeds([c.artifact for c in candidates])
     if max(speeds) < NOT_SLOWER:
         candidates.append(build("storage", own, static=False, dynamic=False))

@@ -46,7 +46,7 @@ class Calibrate(Pass):
     produces = (Ranges,)
     preserves = (Fact,)
 
-    method: ClipMethod = "mse"
+    method: ClipMethod = "percentile"
     percentile: float = 99.99
     max_samples: int = 512
 
