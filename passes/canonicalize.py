@@ -13,7 +13,11 @@ from octavo.passes.fold_norms import fold_affine, fold_batchnorm
 from octavo.passes.fold_pads import fold_pad
 from octavo.passes.fold_shapes import fold_dimension, infer_reshape
 from octavo.passes.fuse_gelu import fuse_gelu
-from octavo.passes.integer_forms import pool_mean, split_transposed_convolution
+from octavo.passes.integer_forms import (
+    activate_before_space,
+    pool_mean,
+    split_transposed_convolution,
+)
 from octavo.passes.merge_activations import merge_activation
 from octavo.passes.recognize_quantized import is_quantized, quantized_values
 from octavo.passes.remove_noops import (
@@ -55,6 +59,8 @@ FORMS: Mapping[str, tuple[Rule, ...]] = {
     "Erf": (fuse_gelu,),
     "ReduceMean": (pool_mean,),
     "ConvTranspose": (split_transposed_convolution,),
+    "Relu": (activate_before_space,),
+    "Clip": (activate_before_space,),
 }
 
 

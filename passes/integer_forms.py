@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir
 
 from octavo.ir.fake_quant import constant
-from octavo.passes.rewrite import static_shape
+from octavo.passes.rewrite import is_op, only_reader, static_shape
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -36,6 +36,26 @@ def split_transposed_convolution(node: onnx_ir.Node, rewrite: Rewrite) -> bool:
     node.graph.insert_before(node, conv)
     substitute(node, "DepthToSpace", [conv.outputs[0]], {"blocksize": block, "mode": "DCR"})
     return rewrite.done("transposed-convolution-split", node, "kernel = stride: pointwise Conv")
+
+
+def activate_before_space(node: onnx_ir.Node, rewrite: Rewrite) -> bool:
+    """Relu or Clip of a `DepthToSpace` acts before it, where the kernel in front absorbs it."""
+    moved = node.inputs[0]
+    space = moved.producer() if moved is not None else None
+    if moved is None or not is_op(space, "DepthToSpace") or only_reader(moved) is not node:
+        return False
+    assert space is not None
+    graph, active = space.graph, node.outputs[0]
+    assert graph is not None
+    name = active.name
+    active.replace_all_uses_with(moved, replace_graph_outputs=True)
+    node.replace_input_with(0, space.inputs[0])
+    space.replace_input_with(0, active)
+    graph.remove(node)
+    graph.insert_before(space, node)
+    active.name, moved.name = f"{name}_before_space", name
+    active.shape = node.inputs[0].shape if node.inputs[0] is not None else None
+    return rewrite.done("activation-moved", node, f"before '{space.name}'")
 
 
 def substitute(

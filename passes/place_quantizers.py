@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, final
 
 import networkx as nx
 
-from octavo.ir.facts import Fact, Placement, Plan, Site
+from octavo.ir.facts import Fact, Placement, Plan, Ranges, Site
 from octavo.ir.quant import QuantSpec
 from octavo.passes.base import Pass
 from octavo.passes.chains import find_chains
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from octavo.ir.model import Model
     from octavo.passes.base import PassContext
     from octavo.passes.chains import Chain
+
+
+_ALIKE = 0.5
 
 
 @final
@@ -49,7 +53,7 @@ class PlaceQuantizers(Pass):
             draft.place(chain)
         for chain in static.values():
             draft.constrain(chain)
-        draft.share(static.values())
+        draft.share(static.values(), model.find(Ranges))
         consumers = _consumers(model, draft.sites, static)
         fused = {m.name or "": c.head.name or "" for c in static.values() for m in c.members[1:]}
         ctx.count("quantizers", len(draft.sites))
@@ -82,13 +86,16 @@ class _Draft:
             site = replace(site, fixed=chain.row.fixed_range)
         self.sites[name] = site
 
-    def share(self, chains: Iterable[Chain]) -> None:
+    def share(self, chains: Iterable[Chain], ranges: Ranges | None) -> None:
         """Give every value that data movement connects the parameters of one group."""
         graph = nx.Graph()
         for chain in chains:
+            names = [v.name or "" for v in (*chain.outputs, *chain.operands)]
+            placed = [name for name in names if name in self.sites]
             if chain.row.same_params:
-                names = [v.name for v in (*chain.operands, *chain.outputs)]
-                nx.add_path(graph, [n for n in names if n in self.sites])
+                nx.add_path(graph, placed)
+            elif chain.row.variadic and ranges is not None:
+                nx.add_path(graph, self._alike(placed, ranges))
         for group in nx.connected_components(graph):
             root = min(group, key=list(self.sites).index)
             sites = [self.sites[name] for name in group]
@@ -101,6 +108,23 @@ class _Draft:
                     clip_high=min(highs, default=None),
                     fixed=next((s.fixed for s in sites if s.fixed), None),
                 )
+
+    def _alike(self, names: list[str], ranges: Ranges) -> list[str]:
+        """Operands of a Concat whose grid may be its output's: then their codes are copied.
+
+        The output is named first. An operand that fills less than half of the output's range
+        would lose more than a bit, and one that a Clip bounds would bound the others.
+        """
+        known = [(name, ranges.by_value[name]) for name in names if name in ranges.by_value]
+        if not known or known[0][0] != names[0]:
+            return []
+        width = known[0][1].high - known[0][1].low
+        alike = [name for name, r in known if r.high - r.low >= _ALIKE * width]
+        sites = [self.sites[name] for name in alike]
+        bounded = any((s.clip_high or math.inf) < math.inf or s.fixed for s in sites)
+        pinned = any(s.nonnegative for s in sites)
+        mixed = pinned and any(ranges.by_value[name].low < 0 for name in alike)
+        return [] if bounded or mixed else alike
 
     def _add(self, value: onnx_ir.Value) -> None:
         name = value.name or ""
