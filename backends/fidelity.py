@@ -25,8 +25,9 @@ Outputs = dict[str, "NDArray[np.generic]"]
 class Fidelity:
     """Distance of outputs from a reference, worst output first.
 
-    `relative_error` is ‖y - reference‖ / ‖reference‖; `agreement` the share of rows with the
-    same arg-max along the last axis, where an output has rows of at least two floats.
+    `relative_error` is ‖y - reference‖ / ‖reference‖, of a zero reference ‖y‖; `agreement` the
+    share of rows with the same arg-max along the last axis, where an output has rows of at least
+    two floats.
     """
 
     relative_error: float
@@ -86,7 +87,7 @@ class _Sums:
 
     @property
     def relative_error(self) -> float:
-        return float(np.sqrt(self.error / self.reference)) if self.reference else self.error
+        return float(np.sqrt(self.error / (self.reference or 1.0)))
 
     @property
     def cosine(self) -> float:
