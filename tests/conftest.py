@@ -91,9 +91,10 @@ def random_feed(model: Model, seed: int, free_dimension: int = 2) -> Feed:
         assert value.shape is not None
         assert value.dtype is not None
         shape = [d if isinstance(d, int) else free_dimension for d in value.shape]
-        drawn = rng.standard_normal(shape)
+        drawn = np.asarray(rng.standard_normal(shape))
         dtype = value.dtype.numpy()
-        feed[value.name or ""] = (drawn if dtype.kind == "f" else abs(drawn) * 4).astype(dtype)
+        positive = np.asarray(abs(drawn) * 4)
+        feed[value.name or ""] = (drawn if dtype.kind == "f" else positive).astype(dtype)
     return feed
 
 
