@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 # A folded constant larger than this would cost more in the file than its node costs at run time.
 LIMIT_ENTRIES = 65536
+# Nodes that make many entries out of a few are the smaller form of all but the smallest.
+LIMIT_EXPANDED = 1024
+_EXPANDING = ("ConstantOfShape", "Expand", "Range", "Tile")
 # A larger constant with other readers (a tied embedding) stays one constant.
 _LIMIT_SHARED = 1024
 
@@ -87,7 +90,8 @@ def _worth_folding(node: onnx_ir.Node) -> bool:
     if max(tensor.size for tensor in sources) > LIMIT_ENTRIES:
         return False
     entries = _entries(node, [tuple(tensor.shape.numpy()) for tensor in sources])
-    return entries is not None and entries <= LIMIT_ENTRIES
+    limit = LIMIT_EXPANDED if node.op_type in _EXPANDING else LIMIT_ENTRIES
+    return entries is not None and entries <= limit
 
 
 def _only_rearranged(node: onnx_ir.Node) -> bool:

@@ -201,7 +201,7 @@ def test_replay_runs_a_crash_again_until_it_is_mended(
 def test_passes_lists_options_and_presets(octavo: Octavo) -> None:
     content = json.loads(octavo("passes", "--json").out)
     assert content.keys() == PASSES.keys()
-    assert content["calibrate"]["options"]["method"]["default"] == "mse"
+    assert content["calibrate"]["options"]["method"]["default"] == "percentile"
     text = octavo("passes").out
     assert all(f"{name}: " in text for name in PASSES)
     assert json.loads(octavo("passes", "--presets", "--json").out) == PRESETS
@@ -216,7 +216,7 @@ def test_documentation_pages_are_written_and_checked(octavo: Octavo, tmp_path: P
     assert {path.stem for path in tmp_path.iterdir()} == set(PASSES)
     page = (tmp_path / "calibrate.md").read_text(encoding="utf-8")
     assert page.startswith("# calibrate\n")
-    assert "| `method` | mse or minmax or percentile or entropy | `mse` |" in page
+    assert "| `method` | mse or minmax or percentile or entropy | `percentile` |" in page
 
 
 def test_the_documentation_of_the_project_is_up_to_date(octavo: Octavo) -> None:
