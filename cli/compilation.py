@@ -44,6 +44,8 @@ Progress = Callable[[str, int, int], None]
 _PROBES = 2
 _DEFAULTS = Request()
 _COMPARED_SAMPLES = 16
+# A source of fewer bytes is run beside the passes; a larger one would add to their memory.
+_SMALL_BYTES = 128 << 20
 
 
 def _silent(label: str, done: int, total: int) -> None:
@@ -139,7 +141,7 @@ def compile_model(
     with ThreadPoolExecutor(2) as executor:
         ctx = PassContext(
             target=target,
-            cost=AnalyticCost(target, concrete_elements(model, feed)),
+            cost=AnalyticCost(target),
             evaluator=OrtEvaluator(threads=2),
             executor=executor,
             workdir=folder,
@@ -163,14 +165,20 @@ class _Job:
     progress: Progress
 
     def run(self, cache: Cache | None) -> Compiled:
+        source = _source_file(self.model, self.ctx.workdir)
+        probes = self._probe_feeds()
+        measured = Measured(source, self.feed, probes, self.request, cache)
+        early = None
+        if self.model.source.bytes < _SMALL_BYTES:
+            early = self.ctx.executor.submit(lambda: measured.reference)
         before, after = self.pipeline.split("choose-kernels")
         base = before.run(self.model, self.ctx, self.instruments, after.passes)
         ctx = replace(
             self.ctx, cost=AnalyticCost(self.ctx.target, concrete_elements(base.model, self.feed))
         )
-        source = _source_file(self.model, ctx.workdir)
-        probes = self._probe_feeds()
-        measured = Measured(source, self.feed, probes, self.request, cache)
+        if early is not None:
+            # Nothing else may run while latencies are measured.
+            early.result()
 
         def build(name: str, context: PassContext, /, **options: object) -> Candidate:
             pipeline = after.with_options("choose-kernels", **options)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from octavo.ir.artifact import Artifact, Bench
     from octavo.ir.calibration import Feed
 
-_BENCH_SECONDS = 0.4
+_BENCH_SECONDS = 0.3
 
 
 @final
