@@ -42,7 +42,7 @@ class Candidate:
     @property
     def options(self) -> dict[str, str]:
         """What the lowered file depends on: the option of every node."""
-        return {name: str(choice.option) for name, choice in self.plan.by_node.items()}
+        return options_of(self.plan)
 
     def has(self, method: str) -> bool:
         return any(c.option.method == method for c in self.plan.by_node.values())
@@ -54,10 +54,18 @@ class Build(Protocol):
     def __call__(self, name: str, ctx: PassContext, /, **options: object) -> Candidate: ...
 
 
+def options_of(plan: Plan) -> dict[str, str]:
+    """The option of every node, as text."""
+    return {name: str(choice.option) for name, choice in plan.by_node.items()}
+
+
 def fastest(
-    build: Build, ctx: PassContext, measured: Measured
+    build: Build, decide: Callable[[PassContext], Plan], ctx: PassContext, measured: Measured
 ) -> tuple[Candidate, tuple[str, ...]]:
-    """The fastest faithful candidate, and what the search found, in sentences."""
+    """The fastest faithful candidate, and what the search found, in sentences.
+
+    `decide` makes a plan and nothing else; only a new one is worth building.
+    """
     first = build("estimated", ctx)
     if not first.options:
         return first, ("nothing to decide: the model has no node this target computes in int8",)
@@ -69,9 +77,9 @@ def fastest(
     candidates, own = [first], ctx
     if not first.has("weight-only"):
         own = replace(ctx, cost=_measured_cost(first, ctx, measured))
-        second = build("measured", own)
-        same = second.options == first.options
-        candidates = [_with_seconds(first, second)] if same else [first, second]
+        plan = decide(own)
+        same = options_of(plan) == first.options
+        candidates = [_with_seconds(first, plan)] if same else [first, build("measured", own)]
         _add_recurrent(build, own, measured, candidates, notes)
     speeds = measured.speeds([c.artifact for c in candidates])
     if max(speeds) < NOT_SLOWER:
@@ -88,16 +96,18 @@ def _measured_cost(first: Candidate, ctx: PassContext, measured: Measured) -> Me
     return MeasuredCost.of(first.compilation.model, latencies, ctx.cost)
 
 
-def _with_seconds(first: Candidate, second: Candidate) -> Candidate:
+def _with_seconds(first: Candidate, plan: Plan) -> Candidate:
     """The file that exists, under the equal plan that knows the measured seconds."""
-    known = second.plan.by_node
+    known = plan.by_node
 
     def updated(row: PlannedNode) -> PlannedNode:
         return replace(row, seconds=dict(known[row.node].seconds)) if row.node in known else row
 
     rows = tuple(updated(row) for row in first.artifact.planned)
     artifact = replace(first.artifact, planned=rows)
-    return replace(second, lower=lambda: artifact)
+    model = first.compilation.model.with_fact(plan)
+    compilation = replace(first.compilation, model=model)
+    return Candidate(first.pipeline, compilation, lambda: artifact)
 
 
 def _faithful_without_data(

@@ -188,7 +188,20 @@ class _Job:
                 pipeline, compiled, lambda: lower(compiled.model, path, ctx.target.name)
             )
 
-        best, notes = fastest(build, ctx, measured)
+        def decide(context: PassContext) -> Plan:
+            model = Pipeline(after.passes[:1]).run(base.model, context).model
+            return model.find(Plan) or Plan({}, "")
+
+        best, notes = fastest(build, decide, ctx, measured)
+        proven = self._prove(best, measured, (*notes, *_saturation(ctx.target)))
+        return replace(
+            proven,
+            pipeline=Pipeline((*before.passes, *best.pipeline.passes)),
+            records=(*base.records, *best.compilation.records),
+        )
+
+    def _prove(self, best: Candidate, measured: Measured, notes: tuple[str, ...]) -> Compiled:
+        """The evidence for the artifact that was chosen."""
         self.progress("prove", 0, 1)
         proof = audit(best.artifact, self.feed, threads=self.request.threads)
         timing = measured.final_bench(best.artifact)
@@ -198,14 +211,14 @@ class _Job:
             request=self.request,
             source=self.model,
             model=best.compilation.model,
-            pipeline=Pipeline((*before.passes, *best.pipeline.passes)),
-            records=(*base.records, *best.compilation.records),
+            pipeline=best.pipeline,
+            records=best.compilation.records,
             artifact=best.artifact,
             audit=proof,
             bench=timing,
             fidelity=compare(reference, outputs),
-            probes=Probes(tuple(probes[:_PROBES]), outputs[:_PROBES]),
-            notes=(*notes, *_saturation(self.ctx.target)),
+            probes=Probes(tuple(measured.probes[:_PROBES]), outputs[:_PROBES]),
+            notes=notes,
             calibration=self.ctx.calibration,
         )
 
