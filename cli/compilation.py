@@ -264,6 +264,9 @@ def _bench_feed(model: Model, calibration: Batches | None, request: Request) -> 
     if calibration is None or request.shapes:
         return feed
     first = next(iter(calibration))
+    if len({len(array) for array in first.values() if array.ndim}) > 1:
+        # Not all inputs count samples first: nothing tells what one sample is.
+        return first
     return {
         name: array if array.ndim == 0 or len(feed[name]) == len(array) else array[:1]
         for name, array in first.items()
