@@ -193,7 +193,7 @@ def _constant_bytes(node: onnx_ir.Node, depth: int = 4) -> int:
 
 
 _ABSORBED = ORT_CPU.fused_activations
-_UNPACKERS = ("DequantizeLinear", "Cast", "Mul", "Gather", "MatMulInteger")
+_UNPACKERS = ("DequantizeLinear", "Cast", "Mul", "Gather")
 
 
 def _strip(own: Model) -> None:

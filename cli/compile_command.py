@@ -62,6 +62,12 @@ Measure = Annotated[
 RecurrentError = Annotated[
     float, typer.Option(min=0.0, help="Output error that dynamic LSTM kernels may add.")
 ]
+Agreement = Annotated[
+    float,
+    typer.Option(
+        min=0.0, max=1.0, help="Share of rows whose arg-max dynamic kernels must keep without data."
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace the artifact in the folder.")]
 DumpIr = Annotated[
     Path | None, typer.Option(help="Write the model after every pass there, as ONNX text.")
@@ -84,6 +90,7 @@ def compile_(
     seed: Seed = 0,
     measure: Measure = True,
     max_recurrent_error: RecurrentError = 0.02,
+    min_agreement: Agreement = 0.6,
     force: Force = False,
     dump_ir: DumpIr = None,
     cache: UseCache = True,
@@ -107,6 +114,7 @@ def compile_(
         seed=seed,
         measure=measure,
         max_recurrent_error=max_recurrent_error,
+        min_agreement=min_agreement,
     )
     work = _Work(model, calibration, preprocess, request, dump_ir, cache)
     with open_output(output, force=force, source=model) as folder:

@@ -13,7 +13,7 @@ class Request:
     """What a compilation was asked for; the defaults are part of every output.
 
     `pipeline` is a preset name or a pipeline text, empty for the preset the data allows.
-    `batch` and `shapes` say what latency is measured with. `max_recurrent_error` bounds the
+    `shapes` and `threads` say what latency is measured with. `max_recurrent_error` bounds the
     relative output error that a dynamic LSTM kernel may add; below `min_agreement`, the share of
     rows with the same arg-max, dynamic kernels without data give way to weight-only ones.
     """

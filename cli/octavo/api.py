@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from octavo.backends.ort_session import Session
     from octavo.cli.compilation import Compiled
     from octavo.ir.cache import Cache
+    from octavo.ir.calibration import Batches
+    from octavo.ir.model import Model
 
 
 def compile(  # noqa: A001  (the public verb; nothing here needs the builtin)
@@ -24,6 +26,8 @@ def compile(  # noqa: A001  (the public verb; nothing here needs the builtin)
     threads: int = 1,
     seed: int = 0,
     measure: bool = True,
+    max_recurrent_error: float = 0.02,
+    min_agreement: float = 0.6,
     cache: Cache | None = None,
 ) -> Compiled:
     """Compile a model and return it with its evidence; `.save("out/")` writes the artifact.
@@ -31,19 +35,15 @@ def compile(  # noqa: A001  (the public verb; nothing here needs the builtin)
     `model` is a path, a `Model` of `octavo.read`, or a torch program. `calibration` is a path
     (`.npz`, folder), a mapping of arrays whose first axis counts samples, or an iterable of
     feeds. `pipeline` is a preset or a pipeline text, empty for the preset the data allows.
-    `shapes` gives input shapes to measure latency with. Raises OctavoError.
+    `shapes` gives input shapes to measure latency with; `max_recurrent_error` and `min_agreement`
+    bound what dynamic kernels may change (see `Request`). Raises OctavoError.
     """
-    from octavo.cli.calibration_data import load_calibration
     from octavo.cli.compilation import compile_model
-    from octavo.cli.preprocess import Preprocess
     from octavo.cli.request import Request
     from octavo.ir.read import read
 
     source = read(model)
-    batches = None
-    if calibration is not None:
-        how = Preprocess.parse(preprocess) if preprocess else None
-        batches = load_calibration(calibration, source, how)
+    batches = None if calibration is None else _batches(calibration, source, preprocess)
     request = Request(
         target=target,
         pipeline=pipeline,
@@ -52,8 +52,18 @@ def compile(  # noqa: A001  (the public verb; nothing here needs the builtin)
         threads=threads,
         seed=seed,
         measure=measure,
+        max_recurrent_error=max_recurrent_error,
+        min_agreement=min_agreement,
     )
     return compile_model(source, calibration=batches, request=request, cache=cache)
+
+
+def _batches(calibration: Any, source: Model, preprocess: str) -> Batches:
+    from octavo.cli.calibration_data import load_calibration
+    from octavo.cli.preprocess import Preprocess
+
+    how = Preprocess.parse(preprocess) if preprocess else None
+    return load_calibration(calibration, source, how)
 
 
 def load(folder: str | Path, *, threads: int = 1) -> Session:
