@@ -1,0 +1,118 @@
+"""What the planner decides about: groups of nodes, the options each may get, and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import final
+
+from octavo.ir.errors import UnknownName
+from octavo.ir.facts import Fact, Option
+
+
+@final
+@dataclass(frozen=True)
+class Group:
+    """Nodes that get one decision together, and why they must agree ("" for a single node).
+
+    `name` is the name of the first node. `role` is the structural type of the group: groups of
+    equal operators and shapes at the same place of a repeated block share it.
+    """
+
+    name: str
+    nodes: tuple[str, ...]
+    reason: str = ""
+    role: str = ""
+
+
+@final
+@dataclass(frozen=True)
+class Offer:
+    """An option of a group with what it costs.
+
+    `bytes` are those of the group's constants in the emitted file, with scales, zero points and
+    unpacking nodes; `seconds` those of its kernels, `bops` its multiply-accumulates times weight
+    bits times activation bits; `integer` says that activations are read and written as codes.
+    """
+
+    option: Option
+    bytes: int
+    seconds: float
+    bops: float = 0.0
+    integer: bool = False
+
+
+@final
+@dataclass(frozen=True)
+class Menu(Fact):
+    """Decision groups in topological order, and the offers of each, float first.
+
+    `fixed_bytes` are those of the emitted file that no decision changes; `cost_source` says
+    where the seconds come from.
+    """
+
+    groups: Mapping[str, Group]
+    offers: Mapping[str, tuple[Offer, ...]]
+    fixed_bytes: int
+    cost_source: str
+
+    def group_of(self) -> dict[str, str]:
+        """The group of every node that has one, by node name."""
+        return {node: group.name for group in self.groups.values() for node in group.nodes}
+
+
+@final
+@dataclass(frozen=True)
+class Damage:
+    """What an option does to the outputs: a mean over samples with its standard error."""
+
+    mean: float
+    standard_error: float = 0.0
+
+
+@final
+@dataclass(frozen=True)
+class Sensitivity(Fact):
+    """Damage of every option of every group, by group name and option text.
+
+    `estimator` names how it was found ("measured", "fisher", …), `metric` what it is ("KL of the
+    outputs", …), `seconds` what finding it cost, `samples` how many samples it rests on.
+    """
+
+    by_group: Mapping[str, Mapping[str, Damage]]
+    estimator: str
+    metric: str
+    samples: int = 0
+    seconds: float = 0.0
+
+    def damage(self, group: str, option: Option) -> Damage:
+        """The damage of one option; UnknownName for a group or option that was not estimated."""
+        options = self.by_group.get(group)
+        if options is None:
+            raise UnknownName("decision group", group, self.by_group)
+        if str(option) not in options:
+            raise UnknownName("option", str(option), options, where=group)
+        return options[str(option)]
+
+
+@final
+@dataclass(frozen=True)
+class Solution(Fact):
+    """How a plan was found, and what it is predicted to cost.
+
+    `limits` are the budgets it keeps to and `totals` what it uses, by resource ("bytes",
+    "seconds", "memory", "bops", "damage"); `gap` is the proven relative distance from the
+    optimum; `alternatives` are further plans, best first: their totals and options by group.
+    """
+
+    status: str
+    objective: str
+    gap: float
+    seconds: float
+    solver: str
+    limits: Mapping[str, float]
+    totals: Mapping[str, float]
+    options: Mapping[str, str]
+    dominated: int = 0
+    alternatives: tuple[tuple[Mapping[str, float], Mapping[str, str]], ...] = ()
+    curve: tuple[Mapping[str, float], ...] = field(default=())
