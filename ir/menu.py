@@ -28,14 +28,16 @@ class Group:
 @final
 @dataclass(frozen=True)
 class Offer:
-    """An option of a group with what it costs.
+    """One way to compress a group, with what it costs.
 
-    `bytes` are those of the group's constants in the emitted file, with scales, zero points and
-    unpacking nodes; `seconds` those of its kernels, `bops` its multiply-accumulates times weight
-    bits times activation bits; `integer` says that activations are read and written as codes.
+    `options` hold the option of every node, `name` is the text they share. `bytes` are those of
+    the group's constants in the emitted file, with scales, zero points and unpacking nodes;
+    `seconds` those of its kernels; `bops` its multiply-accumulates times weight bits times
+    activation bits; `integer` says that activations are read and written as codes.
     """
 
-    option: Option
+    name: str
+    options: Mapping[str, Option]
     bytes: int
     seconds: float
     bops: float = 0.0
@@ -73,26 +75,29 @@ class Damage:
 @final
 @dataclass(frozen=True)
 class Sensitivity(Fact):
-    """Damage of every option of every group, by group name and option text.
+    """Damage of every offer, by group and offer name, and of every activation quantizer.
 
+    The damage of a plan is the sum over its groups of `by_group`, which concerns weights and
+    activations that are quantized at run time, and over its static quantizers of `by_value`.
     `estimator` names how it was found ("measured", "fisher", …), `metric` what it is ("KL of the
     outputs", …), `seconds` what finding it cost, `samples` how many samples it rests on.
     """
 
     by_group: Mapping[str, Mapping[str, Damage]]
+    by_value: Mapping[str, Damage]
     estimator: str
     metric: str
     samples: int = 0
     seconds: float = 0.0
 
-    def damage(self, group: str, option: Option) -> Damage:
-        """The damage of one option; UnknownName for a group or option that was not estimated."""
-        options = self.by_group.get(group)
-        if options is None:
+    def damage(self, group: str, offer: str) -> Damage:
+        """The damage of one offer; UnknownName for a group or offer that was not estimated."""
+        offers = self.by_group.get(group)
+        if offers is None:
             raise UnknownName("decision group", group, self.by_group)
-        if str(option) not in options:
-            raise UnknownName("option", str(option), options, where=group)
-        return options[str(option)]
+        if offer not in offers:
+            raise UnknownName("offer", offer, offers, where=group)
+        return offers[offer]
 
 
 @final

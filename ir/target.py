@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from octavo.ir.facts import Method
 
 OutputRule = Literal["quantized", "either", "float"]
+Tie = Literal["weight", "input", "sum", "concat"]
 
 
 @final
@@ -69,7 +70,11 @@ class Support:
 @final
 @dataclass(frozen=True)
 class Target:
-    """A device and runtime as data; `never` holds the reasons for operators that stay float."""
+    """A device and runtime as data; `never` holds the reasons for operators that stay float.
+
+    `ties` says which nodes get one decision together: readers of one weight, projections of one
+    input, operands of one sum, operands of one Concat.
+    """
 
     name: str
     runtime: str
@@ -80,6 +85,7 @@ class Target:
     opset: int
     ir_version: int
     never: tuple[tuple[str, str], ...] = ()
+    ties: tuple[Tie, ...] = ("weight", "input")
 
     def support(self, node: onnx_ir.Node, method: Method) -> Support:
         """The first row for the node and method whose conditions hold."""
