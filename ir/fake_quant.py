@@ -2,8 +2,9 @@
 
 `FakeQuant(x, scale, zero_point)` rounds `x` to its grid and returns floats; scale and zero point
 (float32) have a shape that broadcasts against `x`. `FakeQuantBlocks` does so per block of one
-axis, on `x` reshaped to `blocked_shape`. `FakeQuantDynamic(x)` finds u8 parameters at run time.
-All three are also local functions of standard operators, so that the model always runs.
+axis, on `x` reshaped to `blocked_shape`. `FakeQuantBinary(x, scale, zero_point)` keeps only the
+sign. `FakeQuantDynamic(x)` finds u8 parameters at run time. All are also local functions of
+standard operators, so that the model always runs.
 """
 
 from __future__ import annotations
@@ -62,6 +63,14 @@ _BODIES = {
             scaled = Mul (centred, scale)
             y = Reshape (scaled, shape)
         }""",
+    "FakeQuantBinary": """
+        <opset_import: ["" : 21], domain: "octavo">
+        FakeQuantBinary <qmin: float, qmax: float, spec: string> (x, scale, zero_point) => (y) {
+            zero = Constant <value_float: float = 0.0> ()
+            negative = Less (x, zero)
+            opposite = Neg (scale)
+            y = Where (negative, opposite, scale)
+        }""",
     "FakeQuantDynamic": """
         <opset_import: ["" : 21], domain: "octavo">
         FakeQuantDynamic (x) => (y) {
@@ -87,14 +96,18 @@ def declare_functions(model: onnx_ir.Model) -> None:
 def fake_quant_node(
     value: onnx_ir.Value, params: QuantParams, name: str, constants: onnx_ir.Graph
 ) -> onnx_ir.Node:
-    """A FakeQuant of `value`; its scale and zero point become initializers of `constants`."""
+    """A FakeQuant of `value`; its scale and zero point become initializers of `constants`.
+
+    Blocks that do not divide their axis, and those of a binary spec, have their scales spread to
+    the shape of `value`, which costs as much memory as `value` does.
+    """
     shape = _dims(value)
     blocked = _blocked_shape(params.spec, shape)
     if blocked is None:
-        whole = isinstance(params.spec.granularity, PerBlock)
+        whole = _is_whole(params.spec, shape)
         numbers = params.scale, params.zero_point
         scale, zero = numbers if whole else broadcast_params(params, shape)
-        extra, op_type = [], "FakeQuant"
+        extra, op_type = [], "FakeQuantBinary" if params.spec.binary else "FakeQuant"
     else:
         axis = blocked[0]
         scale = np.expand_dims(params.scale, axis + 1)
@@ -128,9 +141,12 @@ def params_of(node: onnx_ir.Node) -> QuantParams:
             shape: tuple[int, ...] = ()
         case PerAxis(_):
             shape = (scale.size,)
-        case PerBlock(axis, _):
-            keep = node.op_type == "FakeQuant"
-            shape = scale.shape if keep else (*scale.shape[: axis + 1], *scale.shape[axis + 2 :])
+        case PerBlock(axis, _) if node.op_type == "FakeQuantBlocks":
+            shape = (*scale.shape[: axis + 1], *scale.shape[axis + 2 :])
+        case PerBlock(axis, size):
+            first = (*[slice(None)] * axis, slice(None, None, size))
+            scale, zero = scale[first], zero[first]
+            shape = scale.shape
     return QuantParams(spec, scale.reshape(shape), zero.astype(np.int32).reshape(shape))
 
 
@@ -174,12 +190,18 @@ def parse_spec(text: str) -> QuantSpec:
 
 def _blocked_shape(spec: QuantSpec, shape: tuple[int, ...]) -> tuple[int, list[int]] | None:
     """Where a block is a whole axis, plain broadcasting does; otherwise the axis is split."""
-    if not isinstance(spec.granularity, PerBlock):
+    if not isinstance(spec.granularity, PerBlock) or spec.binary or _is_whole(spec, shape):
         return None
     axis, size = spec.granularity.axis, spec.granularity.size
-    if shape[axis] == size:
+    if shape[axis] % size:
         return None
     return axis, [*shape[:axis], shape[axis] // size, size, *shape[axis + 1 :]]
+
+
+def _is_whole(spec: QuantSpec, shape: tuple[int, ...]) -> bool:
+    """Whether a block is a whole axis, so that its scale broadcasts as it is."""
+    blocks = spec.granularity
+    return isinstance(blocks, PerBlock) and shape[blocks.axis] <= blocks.size
 
 
 def _dims(value: onnx_ir.Value) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ real = (q - zero_point) * scale, and q = clip(round_half_even(real / scale) + ze
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeVar, final
 
 import numpy as np
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Entry = TypeVar("Entry", bound=np.generic)
-QuantType = Literal["u8", "s8", "u4", "s4", "u2", "s2"]
+QuantType = Literal["u8", "s8", "u4", "s4", "u2", "s2", "s7", "s6", "s5", "s3", "s1"]
+_NATIVE_BITS = (2, 4, 8)
 
 
 @final
@@ -41,7 +42,10 @@ class PerAxis:
 @final
 @dataclass(frozen=True)
 class PerBlock:
-    """One scale per `size` entries along `axis`: `[64, 4]`, axis 0, size 32: scale `[2, 4]`."""
+    """One scale per `size` entries along `axis`: `[64, 4]`, axis 0, size 32: scale `[2, 4]`.
+
+    Size 0 stands for the whole axis, whose length a plan need not know: see `fitted`.
+    """
 
     axis: int
     size: int
@@ -59,7 +63,8 @@ class QuantSpec:
     """How a tensor is quantized; prints as `s8/axis0`.
 
     A symmetric signed grid leaves its lowest code unused. `used_bits` restricts the codes to
-    fewer bits than the type has (7-bit weights where the kernel would saturate).
+    fewer bits than the type has (7-bit weights where the kernel would saturate). `s1` is binary:
+    the codes are -1 and 1, and there is no zero.
     """
 
     dtype: QuantType
@@ -76,17 +81,27 @@ class QuantSpec:
         return int(self.dtype[1:])
 
     @property
+    def binary(self) -> bool:
+        return self.dtype == "s1"
+
+    @property
     def qmin(self) -> int:
+        if self.binary:
+            return -1
         return -(1 << ((self.used_bits or self.bits) - 1)) + self.symmetric if self.signed else 0
 
     @property
     def qmax(self) -> int:
+        if self.binary:
+            return 1
         bits = self.used_bits or self.bits
         return (1 << (bits - 1)) - 1 if self.signed else (1 << bits) - 1
 
     @property
     def onnx_type(self) -> onnx_ir.DataType:
-        return onnx_ir.DataType[("INT" if self.signed else "UINT") + str(self.bits)]
+        """The type of that many bits, or of 8 where ONNX has none: kernels multiply bytes."""
+        bits = self.bits if self.bits in _NATIVE_BITS else 8
+        return onnx_ir.DataType[("INT" if self.signed else "UINT") + str(bits)]
 
     def __str__(self) -> str:
         return f"{self.dtype}/{self.granularity}"
@@ -128,7 +143,13 @@ def params_for_range(spec: QuantSpec, low: float, high: float) -> QuantParams:
 
 
 def params_for_weight(weight: NDArray[np.floating], spec: QuantSpec) -> QuantParams:
-    """Symmetric parameters whose grid covers the largest magnitude of every channel or block."""
+    """Symmetric parameters whose grid covers the largest magnitude of every channel or block.
+
+    The scale of a binary weight is its mean magnitude, which is nearest in the square
+    (Rastegari et al., XNOR-Net, equation 6).
+    """
+    if spec.binary:
+        return _binary_params(weight, spec)
     grouped = _grouped(weight, spec.granularity)
     high = grouped.array.max(axis=grouped.reduced, initial=0.0)
     low = grouped.array.min(axis=grouped.reduced, initial=0.0)
@@ -138,11 +159,39 @@ def params_for_weight(weight: NDArray[np.floating], spec: QuantSpec) -> QuantPar
     return QuantParams(spec, scale, np.zeros(scale.shape, np.int32))
 
 
+def _binary_params(weight: NDArray[np.floating], spec: QuantSpec) -> QuantParams:
+    grouped = _grouped(np.abs(weight), spec.granularity)
+    counted = _grouped(np.ones(weight.shape, np.bool_), spec.granularity)
+    total = grouped.array.sum(axis=grouped.reduced, dtype=np.float64)
+    entries = counted.array.sum(axis=counted.reduced)
+    scale = np.asarray(total / np.maximum(entries, 1), np.float32)
+    return QuantParams(
+        spec, np.maximum(scale, np.finfo(np.float32).tiny), np.zeros(scale.shape, np.int32)
+    )
+
+
+def fitted(spec: QuantSpec, shape: tuple[int, ...]) -> QuantSpec:
+    """The spec with the block size 0 replaced by the length of its axis in `shape`."""
+    match spec.granularity:
+        case PerBlock(axis, 0):
+            return replace(spec, granularity=PerBlock(axis, shape[axis]))
+    return spec
+
+
+def round_weight(weight: NDArray[np.floating], spec: QuantSpec) -> NDArray[np.float32]:
+    """The weight that is left of `weight` when it is rounded to the nearest codes of `spec`."""
+    params = params_for_weight(weight, fitted(spec, weight.shape))
+    return dequantize(quantize(weight, params), params)
+
+
 def quantize(real: NDArray[np.floating], params: QuantParams) -> NDArray[np.int8 | np.uint8]:
     """The integer codes of `real`, as ONNX QuantizeLinear computes them (float32 division).
 
     Codes of fewer than 8 bits take a byte each. One float32 copy of `real` is the only temporary.
+    The code of a binary spec is the sign of `real`, which QuantizeLinear does not know.
     """
+    if params.spec.binary:
+        return np.where(real < 0, np.int8(-1), np.int8(1))
     scale, zero = broadcast_params(params, real.shape)
     codes = np.asarray(np.divide(real, scale, dtype=np.float32))
     np.rint(codes, out=codes)

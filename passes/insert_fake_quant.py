@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
 import numpy as np
@@ -12,7 +12,7 @@ from octavo.ir.constants import own_constant
 from octavo.ir.facts import Fact, Placement, Plan, Range, Ranges
 from octavo.ir.fake_quant import DOMAIN, OPTION, declare_functions, fake_quant_node
 from octavo.ir.mapped import reading
-from octavo.ir.quant import PerBlock, QuantParams, params_for_range, params_for_weight
+from octavo.ir.quant import QuantParams, fitted, params_for_range, params_for_weight
 from octavo.passes.base import Pass
 
 if TYPE_CHECKING:
@@ -157,10 +157,7 @@ def _insert_weight(
     weight = own_constant(read, model.graph)
     assert weight.const_value is not None
     assert option.weight is not None
-    spec = option.weight
-    if isinstance(spec.granularity, PerBlock) and spec.granularity.size == 0:
-        axis = spec.granularity.axis
-        spec = replace(spec, granularity=PerBlock(axis, weight.const_value.shape.numpy()[axis]))
+    spec = fitted(option.weight, tuple(weight.const_value.shape.numpy()))
     key = (f"{weight.name} {option.method}", spec)
     if key not in done:
         params = reading(weight.const_value, lambda array: params_for_weight(array, spec))

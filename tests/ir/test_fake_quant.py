@@ -49,6 +49,8 @@ GRANULARITIES: tuple[Granularity, ...] = (
     PerBlock(0, 2),
     PerBlock(1, 3),
     PerBlock(2, 2),
+    # The last block is shorter.
+    PerBlock(1, 4),
 )
 DTYPES = get_args(QuantType)
 # One float32 rounding of (q - zero) · scale.
@@ -107,7 +109,8 @@ def test_runtimes_round_as_the_reference_does(
     shape = params_for_weight(np.ones(SHAPE, np.float32), spec).scale.shape
     rng = np.random.default_rng(1)
     scale = np.array(rng.choice([0.5, 0.37, 0.05], shape), np.float32)
-    params = QuantParams(spec, scale, np.array(rng.integers(spec.qmin, spec.qmax + 1, shape)))
+    zero = np.array(rng.integers(spec.qmin, spec.qmax + 1, shape))
+    params = QuantParams(spec, scale, zero * (dtype != "s1"))
     proto, _ = _fake(params)
     expected = dequantize(quantize(_drawn(), params), params)
     np.testing.assert_allclose(run(proto, _drawn()), expected, rtol=RELATIVE, atol=0)
@@ -129,9 +132,10 @@ def test_the_dynamic_form_finds_its_parameters(run: Run) -> None:
     np.testing.assert_allclose(run(proto, x), expected, rtol=RELATIVE, atol=0)
 
 
+@pytest.mark.parametrize("dtype", ["s8", "s3", "s1"])
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
-def test_a_node_gives_its_parameters_back(granularity: Granularity) -> None:
-    spec = QuantSpec("s8", granularity, symmetric=True)
+def test_a_node_gives_its_parameters_back(granularity: Granularity, dtype: QuantType) -> None:
+    spec = QuantSpec(dtype, granularity, symmetric=True)
     params = params_for_weight(_drawn(), spec)
     found = params_of(_fake(params)[1])
     assert found.spec == spec
@@ -143,6 +147,7 @@ def test_only_a_split_axis_needs_the_blocked_form() -> None:
     for granularity, op_type in (
         (PerBlock(1, 3), "FakeQuantBlocks"),
         (PerBlock(1, 6), "FakeQuant"),
+        (PerBlock(1, 4), "FakeQuant"),
     ):
         params = params_for_weight(_drawn(), QuantSpec("s4", granularity, symmetric=True))
         proto, node = _fake(params)

@@ -22,15 +22,21 @@ from octavo.ir.quant import (
     QuantSpec,
     QuantType,
     dequantize,
+    fitted,
     params_for_range,
     params_for_weight,
     quantize,
+    round_weight,
 )
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 DTYPES = get_args(QuantType)
+# Types that ONNX has, and types with a grid around zero.
+NATIVE = [dtype for dtype in DTYPES if dtype[1:] in ("2", "4", "8")]
+GRIDS = [dtype for dtype in DTYPES if dtype != "s1"]
+SIGNED = [dtype for dtype in DTYPES if dtype[0] == "s"]
 SHAPE = (4, 6, 2)
 GRANULARITIES: tuple[tuple[Granularity, tuple[int, ...]], ...] = (
     (PerTensor(), ()),
@@ -85,7 +91,7 @@ def _with_ties(params: QuantParams) -> NDArray[np.float32]:
 
 
 @pytest.mark.parametrize(("granularity", "shape"), GRANULARITIES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", NATIVE)
 def test_quantize_is_onnx_quantize_linear(
     dtype: QuantType, granularity: Granularity, shape: tuple[int, ...]
 ) -> None:
@@ -108,7 +114,7 @@ def test_dequantize_is_onnx_dequantize_linear(
     np.testing.assert_array_equal(dequantize(codes, params), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", GRIDS)
 def test_ties_go_to_the_even_code(dtype: QuantType) -> None:
     spec = QuantSpec(dtype)
     params = QuantParams(spec, np.array(0.5, np.float32), np.array(spec.qmin + 1, np.int32))
@@ -119,14 +125,12 @@ def test_ties_go_to_the_even_code(dtype: QuantType) -> None:
 
 @given(
     arrays.arrays(np.float32, (3, 5), elements=st.floats(-1e4, 1e4, width=32)),
-    st.sampled_from(DTYPES),
+    st.sampled_from([dtype for dtype in SIGNED if dtype != "s1"]),
     st.sampled_from([PerTensor(), PerAxis(0), PerAxis(1), PerBlock(1, 2)]),
 )
 def test_a_weight_keeps_within_half_a_step(
     weight: NDArray[np.float32], dtype: QuantType, granularity: Granularity
 ) -> None:
-    if dtype[0] == "u":
-        dtype = DTYPES[DTYPES.index(dtype) + 1]
     spec = QuantSpec(dtype, granularity, symmetric=True)
     params = params_for_weight(weight, spec)
     codes = quantize(weight, params)
@@ -147,7 +151,7 @@ def quantize_step(params: QuantParams, shape: tuple[int, ...]) -> NDArray[np.flo
 @given(
     st.floats(-1e6, 1e6, width=32),
     st.floats(-1e6, 1e6, width=32),
-    st.sampled_from(DTYPES),
+    st.sampled_from(GRIDS),
     st.booleans(),
 )
 def test_a_range_is_covered_and_holds_zero(
@@ -188,3 +192,56 @@ def test_a_scale_must_be_finite_and_positive(scale: float) -> None:
 def test_scale_and_zero_point_have_one_shape() -> None:
     with pytest.raises(ValueError, match="differ"):
         QuantParams(QuantSpec("u8"), np.ones(2, np.float32), np.zeros(3, np.int32))
+
+
+@pytest.mark.parametrize("dtype", SIGNED)
+def test_every_width_has_its_codes(dtype: QuantType) -> None:
+    bits = int(dtype[1:])
+    spec = QuantSpec(dtype, symmetric=True)
+    codes = quantize(np.linspace(-1, 1, 999, dtype=np.float32), _unit(spec))
+    most = max(2 ** (bits - 1) - 1, 1)
+    expected = {-1, 1} if bits == 1 else set(range(-most, most + 1))
+    assert set(codes.tolist()) == expected
+
+
+def _unit(spec: QuantSpec) -> QuantParams:
+    return params_for_weight(np.array([-1.0, 1.0], np.float32), spec)
+
+
+@given(arrays.arrays(np.float32, (3, 7), elements=st.floats(-1e3, 1e3, width=32)))
+def test_a_binary_weight_is_the_nearest_one(weight: NDArray[np.float32]) -> None:
+    spec = QuantSpec("s1", PerAxis(0), symmetric=True)
+    rounded = round_weight(weight, spec).astype(np.float64)
+    assert ((rounded < 0) == (weight < 0)).all()
+    # The least square over all alpha of |w - alpha * sign(w)|, found by another formula.
+    signs = np.where(weight < 0, -1.0, 1.0)
+    wide = weight.astype(np.float64)
+    best = (wide * signs).sum(axis=1) / (signs * signs).sum(axis=1)
+    np.testing.assert_allclose(abs(rounded), np.repeat(best[:, None], 7, 1), rtol=1e-6, atol=1e-37)
+
+
+def test_a_binary_block_that_is_short_has_its_own_mean() -> None:
+    spec = QuantSpec("s1", PerBlock(0, 3), symmetric=True)
+    params = params_for_weight(np.array([1, -2, 3, 8, -4], np.float32), spec)
+    assert params.scale.tolist() == [2, 6]
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in SIGNED if dtype != "s1"])
+@pytest.mark.parametrize("size", [0, 3, 4, 16])
+def test_a_weight_is_rounded_block_by_block(dtype: QuantType, size: int) -> None:
+    weight = np.random.default_rng(3).standard_normal((2, 5, 10)).astype(np.float32)
+    spec = QuantSpec(dtype, PerBlock(2, size), symmetric=True)
+    rounded, most = round_weight(weight, spec), spec.qmax
+    step = size or 10
+    for begin in range(0, 10, step):
+        block = weight[..., begin : begin + step].astype(np.float64)
+        scale = (abs(block).max(axis=-1, keepdims=True) / most).astype(np.float32)
+        expected = np.rint((block / scale).astype(np.float32)).clip(-most, most) * scale
+        found = rounded[..., begin : begin + step]
+        np.testing.assert_allclose(found, expected, rtol=2e-7, atol=0)
+
+
+def test_a_whole_axis_is_known_from_the_shape() -> None:
+    spec = QuantSpec("s3", PerBlock(1, 0), symmetric=True)
+    assert fitted(spec, (4, 9)).granularity == PerBlock(1, 9)
+    assert fitted(QuantSpec("s3"), (4, 9)) == QuantSpec("s3")
