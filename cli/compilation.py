@@ -17,7 +17,9 @@ from octavo.backends.ort_lowering import lower
 from octavo.backends.ort_session import OrtEvaluator, has_vnni
 from octavo.backends.ort_target import TARGETS
 from octavo.cli.candidates import Candidate, fastest
+from octavo.cli.html_report import REPORT, write_report
 from octavo.cli.measured import Measured
+from octavo.cli.report_data import report_data
 from octavo.cli.request import Request
 from octavo.ir.artifact import Artifact, Audit, Bench, Probes
 from octavo.ir.artifact_io import MODEL, Manifest, write_artifact
@@ -82,13 +84,15 @@ class Compiled:
         artifact = _moved(self.artifact, folder)
         header = Header(str(self.pipeline), self.source.source, artifact.target, self.request.seed)
         write_records(folder / "passes.jsonl", header, self.records)
-        return write_artifact(
+        manifest = write_artifact(
             artifact,
             self._manifest(),
             plan=self.model.find(Plan),
             audit=self.audit,
             probes=self.probes,
         )
+        write_report(report_data(self, manifest), folder / REPORT)
+        return manifest
 
     def _manifest(self) -> Manifest:
         calibration = self.calibration
