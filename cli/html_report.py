@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 REPORT = "report.html"
 _LONG_TABLE = 30
-_NAME, _NUMBER, _TEXT = "name", "number", "text"
+_NAME, _CODE, _NUMBER, _TEXT = "name", "code", "number", "text"
 _REMARK = (("", _TEXT), ("where", _NAME), ("remark", _TEXT), ("values", _TEXT))
 _BEFORE_AFTER = (("before", "source"), ("after", "artifact"))
 
@@ -178,7 +178,8 @@ def _plan(data: ReportData) -> Iterator[_Block]:
                 ),
             ],
         ),
-        f"Decision groups in topological order. Damage is {data.metric}, with its standard error.",
+        f"Decision groups in topological order{_cut(data.groups)}. Damage is {data.metric}, with "
+        "its standard error.",
     )
     yield from _group_table(data.groups)
     yield from _plotted(
@@ -192,7 +193,7 @@ def _plan(data: ReportData) -> Iterator[_Block]:
 
 def _group_table(groups: Sequence[GroupRow]) -> Iterator[_Block]:
     columns = (
-        *(("group", _NAME), ("nodes", _NUMBER), ("option", _NAME), ("bits", _NUMBER)),
+        *(("group", _NAME), ("nodes", _NUMBER), ("option", _CODE), ("bits", _NUMBER)),
         *(("bytes", _NUMBER), ("time", _NUMBER), ("damage", _NUMBER), ("together because", _TEXT)),
     )
     rows = [
@@ -282,13 +283,13 @@ def _layers(data: ReportData) -> Iterator[_Block]:
     )
     source = f" Times of the source: {data.cost_source}." if data.cost_source else ""
     yield from _plotted(
-        lambda: plots.bars("every layer", [layer.name for layer in layers], [weights, times]),
-        f"Weights and time of every layer, before and after.{source}",
+        lambda: plots.bars("layers", [layer.name for layer in layers], [weights, times]),
+        f"Weights and time of layers{_cut(layers)}, before and after.{source}",
         _BEFORE_AFTER,
     )
     columns = (
-        *(("layer", _NAME), ("operator", _TEXT), ("option", _NAME), ("kernel", _NAME)),
-        *((title, _NUMBER) for title in ("source", "bytes", "source", "time")),
+        *(("layer", _NAME), ("operator", _TEXT), ("option", _CODE), ("kernel", _NAME)),
+        *((title, _NUMBER) for title in ("source bytes", "bytes", "source time", "time")),
         ("why", _TEXT),
     )
     rows = [
@@ -336,7 +337,9 @@ def _passes(records: Sequence[PassRecord]) -> Iterator[_Block]:
         ]
         if remarks:
             name = record.spec.partition("{")[0]
-            yield _Table(_REMARK, remarks, f"{len(remarks)} remarks of {name}")
+            yield _Table(
+                _REMARK, remarks, f"{name}: {len(remarks)} remark{'s' * (len(remarks) > 1)}"
+            )
 
 
 def _table(
@@ -362,6 +365,12 @@ def _plotted(
     else:
         if svg:
             yield _Plot(svg, caption, keys)
+
+
+def _cut(rows: Sequence[object]) -> str:
+    from octavo.cli.plots import MOST_BARS
+
+    return f", the {MOST_BARS} with the longest bars" if len(rows) > MOST_BARS else ""
 
 
 def _bytes(count: float | None) -> str:

@@ -22,7 +22,7 @@ body {
   margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 var(--sans);
   font-variant-numeric: tabular-nums;
 }
-main { max-width: 1120px; margin: 0 auto; padding: 40px 32px 64px; }
+main { max-width: 1180px; margin: 0 auto; padding: 40px 32px 64px; }
 header { border-bottom: 2px solid var(--ink); padding-bottom: 14px; margin-bottom: 28px; }
 h1 {
   font: 600 34px/1.2 var(--serif); margin: 0 0 6px; letter-spacing: -0.01em;
@@ -31,7 +31,9 @@ h1 {
 h2 { font: 600 22px/1.3 var(--serif); margin: 48px 0 4px; }
 h3 { font: 600 15px/1.4 var(--sans); margin: 24px 0 4px; }
 p { margin: 4px 0 12px; max-width: 75ch; }
-td.name { font: 12.5px/1.45 var(--mono); overflow-wrap: anywhere; }
+td.name, td.code { font: 12px/1.6 var(--mono); }
+td.name { overflow-wrap: anywhere; }
+td.code { white-space: nowrap; }
 .quiet { color: var(--muted); }
 .tiles {
   display: grid; grid-template-columns: repeat(auto-fit, minmax(155px, 1fr)); gap: 14px;
@@ -50,8 +52,10 @@ th {
 }
 td { border-bottom: 1px solid var(--line); padding: 5px 14px 5px 0; vertical-align: top; }
 th:last-child, td:last-child { padding-right: 0; }
-td.name:first-child { min-width: 150px; }
+td.name { min-width: 205px; }
+td.text { min-width: 110px; }
 .number { text-align: right; white-space: nowrap; }
+th.number { white-space: normal; }
 .bad td { color: var(--damage); font-weight: 600; }
 ul { padding-left: 20px; margin: 8px 0; max-width: 90ch; }
 li { overflow-wrap: anywhere; }
@@ -61,7 +65,7 @@ dd { margin: 0; overflow-wrap: anywhere; }
 details { margin: 8px 0; }
 summary { cursor: pointer; color: var(--after); font-size: 14px; }
 figure { margin: 14px 0 20px; }
-figcaption { font-size: 13px; color: var(--muted); margin: 0 0 6px; max-width: 100ch; }
+figcaption { font-size: 13px; color: var(--muted); margin: 0 0 6px; }
 svg { display: block; width: 100%; height: auto; overflow: visible; }
 svg * { stroke-linejoin: round; stroke-linecap: butt; }
 .key { display: inline-block; width: 18px; height: 10px; margin: 0 5px 0 12px; }
@@ -76,6 +80,9 @@ footer { margin-top: 56px; border-top: 1px solid var(--line); padding-top: 10px;
   body { background: none; font-size: 11px; }
   main { max-width: none; padding: 0; }
   table, dl { font-size: 10px; }
+  td.name, td.code { font-size: 9px; white-space: normal; overflow-wrap: anywhere; }
+  th { white-space: normal; }
+  td.name, td.text { min-width: 0; }
   tr, .tile { break-inside: avoid; }
   h2, h3, figcaption { break-after: avoid; }
   summary { display: none; }

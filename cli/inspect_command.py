@@ -19,8 +19,6 @@ from octavo.cli.render import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import onnx_ir
 
     from octavo.ir.artifact import AuditRow, PlannedNode
@@ -89,9 +87,11 @@ def _tensor(value: onnx_ir.Value) -> str:
 
 
 def _inspect_artifact(saved: SavedArtifact, as_json: bool) -> None:
+    from octavo.ir.artifact import with_absorbed
+
     manifest, audit = saved.manifest, saved.audit
     audited = {row.node: row for row in audit.rows}
-    nodes = _with_absorbed(saved.artifact.planned)
+    nodes = with_absorbed(saved.artifact.planned)
     rows = [_layer_row(node, audited.get(node.node)) for node in nodes]
     if as_json:
         proof = {"findings": audit.findings, "environment": audit.environment}
@@ -107,14 +107,6 @@ def _inspect_artifact(saved: SavedArtifact, as_json: bool) -> None:
     )
     for finding in audit.findings:
         print_message(f"finding: {finding}")
-
-
-def _with_absorbed(planned: Sequence[PlannedNode]) -> list[PlannedNode]:
-    """The planned nodes, each followed by those its kernel includes."""
-    absorbed: dict[str, list[PlannedNode]] = {}
-    for node in planned:
-        absorbed.setdefault(node.absorbed_by, []).append(node)
-    return [n for head in absorbed.get("", ()) for n in (head, *absorbed.get(head.node, ()))]
 
 
 def _layer_row(node: PlannedNode, row: AuditRow | None) -> dict[str, Any]:

@@ -73,7 +73,8 @@ _UNITS: dict[str, tuple[tuple[float, str], ...]] = {
 }
 _LARGEST = 1e15
 _WIDE_SPREAD = 30.0
-_MOST_BARS, _MOST_LABELS, _MOST_CHARACTERS = 100, 12, 40
+MOST_BARS = 100
+_MOST_LABELS, _MOST_CHARACTERS = 12, 40
 # Inches; a character is one of the widest usual monospaced fonts at the size of tick labels.
 _WIDTH, _ROW, _TOP, _BOTTOM, _GAP, _CHARACTER = 11.0, 0.18, 0.46, 0.22, 0.3, 0.065
 
@@ -94,15 +95,16 @@ class Bars:
 def bars(label: str, names: Sequence[str], columns: Sequence[Bars]) -> str:
     """Columns of horizontal bars, a row for every name, the first on top.
 
-    Too many rows to read are reduced to those with the longest bars. Empty where no column has
-    a number other than zero.
+    Rows without a bar are left out; of too many to read, those with the longest bars are drawn.
+    Empty where there is no bar at all.
     """
     lengths = {c.title: _longest(c, len(names)) for c in columns}
     columns = [column for column in columns if lengths[column.title].any()]
     if not columns:
         return ""
     shares = [lengths[c.title] / lengths[c.title].max() for c in columns]
-    rows = np.sort(np.argsort(-np.max(shares, axis=0), kind="stable")[:_MOST_BARS])
+    longest = np.max(shares, axis=0)
+    rows = np.sort(np.argsort(-longest, kind="stable")[: min(MOST_BARS, np.sum(longest > 0))])
     labels = [_shortened(names[row]) for row in rows]
 
     def draw(figure: Figure) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, final
 
+from octavo.ir.artifact import with_absorbed
 from octavo.ir.facts import FLOAT, Plan
 from octavo.ir.menu import Menu, Sensitivity, Solution
 
@@ -130,6 +131,7 @@ class ReportData:
 def report_data(compiled: Compiled, manifest: Manifest) -> ReportData:
     """What a compilation knows; planner facts on its model are added where there are any."""
     audited = {row.node: row for row in compiled.audit.rows}
+    planned = with_absorbed(compiled.artifact.planned)
     plan = compiled.model.find(Plan)
     sizes = (manifest.source.name, compiled.artifact.path.name)
     rows = (compiled.bench.rows[0], compiled.bench.rows[-1])
@@ -139,7 +141,7 @@ def report_data(compiled: Compiled, manifest: Manifest) -> ReportData:
         facts=_facts(compiled),
         notes=(*compiled.audit.findings, *compiled.notes),
         config=_config(compiled, manifest),
-        layers=tuple(_layer(n, audited.get(n.node)) for n in compiled.artifact.planned),
+        layers=tuple(_layer(node, audited.get(node.node)) for node in planned),
         passes=compiled.records,
         cost_source="" if plan is None else plan.source,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, final
@@ -31,6 +31,14 @@ class PlannedNode:
     source_bytes: int
     absorbed_by: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+def with_absorbed(planned: Sequence[PlannedNode]) -> list[PlannedNode]:
+    """The planned nodes, each followed by those its kernel includes."""
+    absorbed: dict[str, list[PlannedNode]] = {}
+    for node in planned:
+        absorbed.setdefault(node.absorbed_by, []).append(node)
+    return [n for head in absorbed.get("", ()) for n in (head, *absorbed.get(head.node, ()))]
 
 
 @final
