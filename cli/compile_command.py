@@ -98,7 +98,8 @@ def compile_(
 ) -> None:
     """Compile a model, with the evidence beside it.
 
-    Writes model.onnx, manifest.json, plan.json, passes.jsonl, audit.json and probes.npz.
+    Writes model.onnx, manifest.json, plan.json, passes.jsonl, audit.json, probes.npz and
+    report.html.
     """
     from octavo.cli.bench_command import parse_shapes
     from octavo.cli.compile_report import show

@@ -1,8 +1,8 @@
 """The files of an artifact folder: written after lowering, read by inspect, verify and bench.
 
 `manifest.json` and the files it hashes are the same bytes whenever the same inputs are compiled
-again. `plan.json`, `audit.json` and `passes.jsonl` also hold measured seconds, so they are not
-hashed.
+again. `plan.json`, `audit.json`, `passes.jsonl` and `report.html` also hold measured seconds, so
+they are not hashed.
 """
 
 from __future__ import annotations

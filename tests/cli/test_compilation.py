@@ -23,7 +23,8 @@ from octavo.ir.errors import OctavoError, UnknownName, UsageError
 MODELS = Path(__file__).resolve().parents[2] / "models"
 DATA = MODELS / "fashion.npz"
 NETWORKS = ("resnet", "mobile", "vit", "lstm")
-FILES = {"model.onnx", "manifest.json", "plan.json", "passes.jsonl", "audit.json", "probes.npz"}
+EVIDENCE = {"manifest.json", "plan.json", "passes.jsonl", "audit.json", "report.html"}
+FILES = {"model.onnx", "probes.npz", *EVIDENCE}
 # Node names weigh in a network of 70 kB.
 BYTES_RATIO = {"mobile": 0.45}
 ACCURACY_DROP = 0.01

@@ -17,7 +17,8 @@ import pytest
 
 from octavo.cli import compilation
 
-FILES = {"model.onnx", "manifest.json", "plan.json", "passes.jsonl", "audit.json", "probes.npz"}
+EVIDENCE = {"manifest.json", "plan.json", "passes.jsonl", "audit.json", "report.html"}
+FILES = {"model.onnx", "probes.npz", *EVIDENCE}
 # Two int8 networks of one model agree to this share of the largest output.
 INT8_TOLERANCE = 0.1
 Octavo = Callable[..., Any]
