@@ -215,8 +215,9 @@ def _group_table(groups: Sequence[GroupRow]) -> Iterator[_Block]:
 
 def _prediction_row(prediction: Prediction) -> tuple[str, ...]:
     predicted, measured = prediction.predicted_seconds, prediction.measured_seconds
-    error = f"{100 * (predicted - measured) / measured:+.1f} %" if measured else ""
-    return prediction.name, _seconds(predicted), _seconds(measured), error
+    error = 100 * (predicted - measured) / measured if measured else math.nan
+    shown = f"{error:+.1f} %" if math.isfinite(error) else ""
+    return prediction.name, _seconds(predicted), _seconds(measured), shown
 
 
 def _sensitivity(data: ReportData) -> Iterator[_Block]:

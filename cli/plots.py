@@ -117,7 +117,8 @@ def bars(label: str, names: Sequence[str], columns: Sequence[Bars]) -> str:
             at = (left + index * step) / _WIDTH, bottom, (step - _GAP) / _WIDTH, share
             axes = figure.add_axes(at)
             _draw_bars(axes, column, rows)
-            axes.set_yticks(range(len(rows)) if index == 0 else (), labels if index == 0 else ())
+            for place, name in enumerate(labels if index == 0 else ()):
+                _name_row(axes, place, name)
 
     return _svg(label, draw)
 
@@ -200,9 +201,23 @@ def _draw_bars(axes: Axes, column: Bars, rows: NDArray[np.intp]) -> None:
     axes.xaxis.set_major_formatter(_plain)
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.axvline(0, color=_MUTED, linewidth=0.7)
-    axes.grid(visible=False, axis="y")
     axes.tick_params(length=0, labeltop=True, labelbottom=len(rows) > 25)
-    axes.tick_params(axis="y", labelcolor=_INK, labelfontfamily="monospace", labelsize=7.5)
+    axes.set_yticks(())
+
+
+def _name_row(axes: Axes, place: int, name: str) -> None:
+    """A name left of its bars; a tick would draw the same, but takes four times as long."""
+    axes.annotate(
+        name,
+        (0, place),
+        (-4, 0),
+        xycoords=axes.get_yaxis_transform(),
+        textcoords="offset points",
+        ha="right",
+        va="center",
+        family="monospace",
+        size=7.5,
+    )
 
 
 def _draw_curve(

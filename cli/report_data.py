@@ -268,7 +268,7 @@ def _solution(solution: Solution) -> dict[str, str]:
     return {
         "status": f"{solution.status}, gap {solution.gap:.2g}",
         "solver": f"{solution.solver}, {solution.seconds:.2f} s",
-        "objective": f"{solution.objective:.6g}",
+        "objective": solution.objective,
         "limits": limits or "none",
         "totals": totals,
         "dominated options": str(solution.dominated),

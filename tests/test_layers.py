@@ -19,8 +19,15 @@ MAY_IMPORT = {
     "cli": {"cli", "passes", "backends", "models", "ir"},
 }
 # Third parties that only some modules may touch.
-ONLY_IN = {"onnxruntime": {"backends"}, "typer": {"cli", "models"}, "rich": {"cli"}}
-HEAVY = ("numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "rich", "torch", "networkx")
+ONLY_IN = {
+    "onnxruntime": {"backends"},
+    "typer": {"cli", "models"},
+    **dict.fromkeys(("rich", "jinja2", "matplotlib"), {"cli"}),
+}
+HEAVY = (
+    *("numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "rich", "torch", "networkx"),
+    *("jinja2", "matplotlib"),
+)
 FILES = [
     (layer, path)
     for layer in MAY_IMPORT
