@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir
 
 from octavo.ir.fake_quant import constant
+from octavo.ir.packing import sizes_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,8 +62,7 @@ class _Builder:
         return node.outputs[0]
 
     def sizes(self, *values: int) -> onnx_ir.Value:
-        name = "sizes_" + "_".join(str(v).replace("-", "m") for v in values)
-        return constant(self._graph, name, np.array(values, np.int64))
+        return constant(self._graph, sizes_name(values), np.array(values, np.int64))
 
 
 def _repeat(build: _Builder, pixels: onnx_ir.Value, factor: int, channels: int) -> onnx_ir.Value:

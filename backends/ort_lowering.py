@@ -59,8 +59,7 @@ def _write_kernels(graph: onnx_ir.Graph) -> Iterator[tuple[str, str]]:
     for node in list(graph):
         form = _kernel_form(node)
         if form is not None:
-            linear = form in (rewrites.dynamic_matmul, rewrites.static_matmul)
-            tail = rewrites.linear_tail(node)[0] if linear else node
+            tail = node if form is rewrites.dynamic_lstm else rewrites.linear_tail(node)[0]
             yield node.name or "", tail.outputs[0].name or ""
             form(graph, node)
 
@@ -179,21 +178,26 @@ def _source_bytes(node: onnx_ir.Node) -> int:
     return total
 
 
-def _constant_bytes(node: onnx_ir.Node, depth: int = 4) -> int:
+def _constant_bytes(node: onnx_ir.Node) -> int:
+    """Bytes of the constants a node reads, as they are or unpacked; those of shared tables not."""
     total = 0
-    for value in node.inputs:
-        if value is None:
+    seen: set[str] = set()
+    waiting = list(node.inputs)
+    while waiting:
+        value = waiting.pop()
+        if value is None or (name := value.name or "") in seen:
             continue
+        seen.add(name)
         made = value.producer()
-        if value.const_value is not None:
+        if value.const_value is not None and not name.startswith("table_"):
             total += value.const_value.nbytes
-        elif made is not None and depth and made.op_type in _UNPACKERS:
-            total += _constant_bytes(made, depth - 1)
+        elif made is not None and made.op_type in _UNPACKERS:
+            waiting += made.inputs
     return total
 
 
 _ABSORBED = ORT_CPU.fused_activations
-_UNPACKERS = ("DequantizeLinear", "Cast", "Mul", "Gather")
+_UNPACKERS = ("DequantizeLinear", "Cast", "Mul", "Gather", "Reshape", "Slice", "BitwiseOr")
 
 
 def _strip(own: Model) -> None:

@@ -158,7 +158,7 @@ def _storage(
     return KernelRow(
         op_type, "storage", (), (), weights=weights, weight_axis=axis, output="float",
         conditions=(*map(_float_constant, weights), *conditions),
-        note="stored as int8, unpacked when the model loads",
+        note="stored in 1 to 8 bits, unpacked when the model loads",
     )  # fmt: skip
 
 
@@ -222,12 +222,17 @@ _DYNAMIC = (
     ),
 )  # fmt: skip
 
-_WEIGHT_ONLY = (
+_WEIGHT_ONLY = tuple(
     KernelRow(
-        "MatMul", "weight-only", (f"{MICROSOFT}::MatMulNBits",), (), weights=(1,), output="float",
-        conditions=(_float_constant(1), _rank(1, 2)), speed=0.9,
+        op_type, "weight-only", (f"{MICROSOFT}::MatMulNBits",), (), weights=(1,), weight_axis=axis,
+        bias=bias, output="float", conditions=conditions, speed=0.9,
         note="fast for one row (decoding), slower than dynamic for many",
-    ),
+    )
+    for op_type, axis, bias, conditions in (
+        ("MatMul", 1, None, (_float_constant(1), _rank(1, 2))),
+        ("Gemm", 1, 2, _gemm_conditions(0)),
+        ("Gemm", 0, 2, _gemm_conditions(1)),
+    )
 )  # fmt: skip
 
 _STORAGE = (

@@ -48,7 +48,8 @@ class Part:
         radix, count = len(self.values), self.per_byte
         index = np.arange(radix**count)
         digits = [index // radix**place % radix for place in range(count)]
-        return np.array(self.values, np.int8)[np.stack(digits, axis=1)]
+        found: NDArray[np.int8] = np.array(self.values, np.int8)[np.stack(digits, axis=1)]
+        return found
 
     @property
     def table_name(self) -> str:
@@ -89,6 +90,11 @@ class Step:
     to: onnx_ir.DataType | None = None
 
 
+def sizes_name(sizes: tuple[int, ...]) -> str:
+    """The name of an int64 constant, the same for all that read one like it."""
+    return "sizes_" + "_".join(map(str, sizes)).replace("-", "m")
+
+
 def parts(spec: QuantSpec) -> tuple[Part, ...]:
     """How the codes of a signed spec are stored; ValueError for unsigned codes below 8 bits."""
     if not spec.signed and spec.bits != 8:
@@ -123,8 +129,8 @@ def unpack(
     packed: Sequence[NDArray[Any]], shape: Sequence[int], spec: QuantSpec
 ) -> NDArray[np.int8 | np.uint8]:
     """The codes again, computed as the graph of `steps` computes them."""
-    dtype = np.dtype(np.int8 if spec.signed else np.uint8)
-    codes = np.zeros(shape, dtype)
+    dtype = np.int8 if spec.signed else np.uint8
+    codes: NDArray[np.int8 | np.uint8] = np.zeros(shape, dtype)
     for part, array in zip(parts(spec), packed, strict=True):
         if part.native is not None:
             codes |= array.astype(dtype)
@@ -147,6 +153,19 @@ def steps(shape: tuple[int, ...], spec: QuantSpec) -> tuple[Step, ...]:
         before = made[-1].output if index > 1 else "codes0"
         made.append(Step("BitwiseOr", (before, f"codes{index}"), f"or{index}"))
     return tuple(made)
+
+
+def pack_blocks(codes: NDArray[np.int8], bits: int, size: int) -> NDArray[np.uint8]:
+    """Signed codes `[N, K]` as MatMulNBits reads them: `[N, ceil(K/size), size·bits/8]`.
+
+    Codes are offset by 2^(bits-1), the zero point the kernel assumes, the first lowest in its
+    byte; the last block is filled with zeros.
+    """
+    rows, columns = codes.shape
+    blocks, per_byte = -(-columns // size), 8 // bits
+    padded = np.pad(codes, ((0, 0), (0, blocks * size - columns)))
+    digits = (padded.astype(np.int16) + (1 << (bits - 1))).reshape(rows, blocks, -1, per_byte)
+    return (digits @ (1 << bits * np.arange(per_byte, dtype=np.int16))).astype(np.uint8)
 
 
 def _part_steps(index: int, part: Part, shape: tuple[int, ...]) -> Iterator[Step]:

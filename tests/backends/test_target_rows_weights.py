@@ -42,9 +42,10 @@ class Pattern:
     body: str
     truth: str
     error: float
+    bits: int = 8
 
     def __str__(self) -> str:
-        return f"{self.op_type}-{self.method}-{self.axis}"
+        return f"{self.op_type}-{self.method}-{self.axis}-{self.bits}"
 
 
 def _dynamic(op_type: str, axis: int, constants: str, tail: str, truth: str) -> Pattern:
@@ -53,6 +54,31 @@ def _dynamic(op_type: str, axis: int, constants: str, tail: str, truth: str) -> 
         f = Cast <to : int = 1> (i)  c = Mul (xs, s)  {tail}"""
     real = "f = Cast <to : int = 1> (w)  v = Mul (f, s)"
     return Pattern(op_type, "dynamic", axis, signature, body, f"{real}  {truth}", _ONE_ROUNDING)
+
+
+def _blocked(op_type: str, axis: int, bits: int) -> Pattern:
+    """MatMulNBits of 40 rows in blocks of 32; digits are taken from a byte by division."""
+    per_byte = 8 // bits
+    signature = f"""(float[4,40] x) => (y)
+        <uint8[16,2,{32 // per_byte}] w, float[16,2] s, float[16] b>"""
+    bias = ", , , b" if op_type == "Gemm" else ""
+    body = f"""y = com.microsoft.MatMulNBits <K : int = 40, N : int = 16, bits : int = {bits},
+        block_size : int = 32, accuracy_level : int = 4> (x, w, s{bias})"""
+    gemm, matmul = "y = Gemm <transB : int = 1> (x, v, b)", "g = Transpose (v)  y = MatMul (x, g)"
+    call = gemm if bias else matmul
+    places = ", ".join(f"{2.0 ** (bits * place)}" for place in range(per_byte))
+    truth = f"""f = Cast <to : int = 1> (w)  l = Constant <value_ints : ints = [-1]> ()
+        e = Unsqueeze (f, l)  p = Constant <value_floats : floats = [{places}]> ()
+        r = Constant <value_float : float = {2.0**bits}> ()
+        o = Constant <value_float : float = {2.0 ** (bits - 1)}> ()
+        h = Div (e, p)  i = Floor (h)  d = Mod <fmod : int = 1> (i, r)  c = Sub (d, o)
+        n = Constant <value_ints : ints = [16, 2, 32]> ()  q = Reshape (c, n)
+        u = Unsqueeze (s, l)  m = Mul (q, u)
+        k = Constant <value_ints : ints = [16, 64]> ()  a = Reshape (m, k)
+        z = Constant <value_ints : ints = [0]> ()  j = Constant <value_ints : ints = [40]> ()
+        t = Constant <value_ints : ints = [1]> ()  v = Slice (a, z, j, t)
+        {call}"""
+    return Pattern(op_type, "weight-only", axis, signature, body, truth, _ONE_ROUNDING, bits)
 
 
 def _stored(op_type: str, axis: int, shapes: tuple[str, str, str], call: str) -> Pattern:
@@ -88,16 +114,10 @@ PATTERNS = (
         y = LSTM <hidden_size : int = 8> (x, t, t2)""",
         _RECURRENT,
     ),
-    Pattern(
-        "MatMul", "weight-only", 0,
-        "(float[4,32] x) => (y) <uint8[16,2,16] w, float[16,2] s>",
-        """y = com.microsoft.MatMulNBits <K : int = 32, N : int = 16, bits : int = 8,
-        block_size : int = 16, accuracy_level : int = 4> (x, w, s)""",
-        """f = Cast <to : int = 1> (w)  o = Constant <value_float : float = 128.0> ()
-        d = Sub (f, o)  u = Constant <value_ints : ints = [16, 2, 1]> ()
-        n = Reshape (s, u)  m = Mul (d, n)  k = Constant <value_ints : ints = [16, 32]> ()
-        r = Reshape (m, k)  t = Transpose (r)  y = MatMul (x, t)""",
-        _ONE_ROUNDING,
+    *(
+        _blocked(op_type, axis, bits)
+        for op_type, axis in (("MatMul", 1), ("Gemm", 1), ("Gemm", 0))
+        for bits in (8, 4, 2)
     ),
     _stored("Conv", 0, ("1,4,8,8", "8,4,3,3", "8,1,1,1"), "Conv (x, v)"),
     _stored("ConvTranspose", 1, ("1,4,8,8", "4,8,3,3", "1,8,1,1"), "ConvTranspose (x, v)"),
