@@ -150,7 +150,8 @@ class ChooseKernels(Pass):
         self, row: KernelRow, node: onnx_ir.Node, method: Method, ctx: PassContext
     ) -> Option:
         if method == "weight-only":
-            return Option(method, QuantSpec("s8", PerBlock(0, self.block_size), symmetric=True))
+            blocks = PerBlock(1 - row.weight_axis, self.block_size)
+            return Option(method, QuantSpec("s8", blocks, symmetric=True))
         spec = _weight_spec(row, node)
         return Option(method, spec if method == "storage" else _computed(spec, ctx.target))
 
@@ -224,7 +225,8 @@ def _calibrated(chain: Chain, ranges: Ranges) -> bool:
 def _fills_blocks(node: onnx_ir.Node, size: int) -> bool:
     """Whether the rows of a weight are whole blocks."""
     weight = node.inputs[1] if len(node.inputs) > 1 else None
-    rows = weight.shape[0] if weight is not None and weight.shape else None
+    axis = node.attributes.get_int("transB", 0)
+    rows = weight.shape[axis or 0] if weight is not None and weight.shape else None
     return isinstance(rows, int) and rows % size == 0
 
 
