@@ -17,7 +17,7 @@ from octavo.cli.html_template import PAGE, STYLE
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from octavo.cli.report_data import GroupRow, Prediction, Ranking, ReportData
+    from octavo.cli.report_data import GroupRow, LayerRow, Prediction, Ranking, ReportData
     from octavo.passes.record import PassRecord
 
 REPORT = "report.html"
@@ -288,6 +288,11 @@ def _layers(data: ReportData) -> Iterator[_Block]:
         f"Weights and time of layers{_cut(layers)}, before and after.{source}",
         _BEFORE_AFTER,
     )
+    if layers:
+        yield _layer_table(layers)
+
+
+def _layer_table(layers: Sequence[LayerRow]) -> _Table:
     columns = (
         *(("layer", _NAME), ("operator", _TEXT), ("option", _CODE), ("kernel", _NAME)),
         *((title, _NUMBER) for title in ("source bytes", "bytes", "source time", "time")),
@@ -307,9 +312,8 @@ def _layers(data: ReportData) -> Iterator[_Block]:
         )
         for layer in layers
     ]
-    if rows:
-        wrong = frozenset(at for at, layer in enumerate(layers) if layer.ok is False)
-        yield _table(columns, rows, "layers", wrong)
+    wrong = frozenset(at for at, layer in enumerate(layers) if layer.ok is False)
+    return _table(columns, rows, "layers", wrong)
 
 
 def _passes(records: Sequence[PassRecord]) -> Iterator[_Block]:

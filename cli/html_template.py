@@ -40,9 +40,9 @@ td.code { white-space: nowrap; }
   margin: 0 0 24px;
 }
 .tile {
-  background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: 14px 18px;
+  background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: 12px 14px;
 }
-.tile b { display: block; font: 600 27px/1.25 var(--serif); white-space: nowrap; }
+.tile b { display: block; font: 600 25px/1.3 var(--serif); }
 .tile span { color: var(--muted); font-size: 13px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; margin: 8px 0 12px; }

@@ -22,7 +22,7 @@ MAY_IMPORT = {
 ONLY_IN = {
     "onnxruntime": {"backends"},
     "typer": {"cli", "models"},
-    **dict.fromkeys(("rich", "jinja2", "matplotlib"), {"cli"}),
+    **{name: {"cli"} for name in ("rich", "jinja2", "matplotlib")},
 }
 HEAVY = (
     *("numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "rich", "torch", "networkx"),
