@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, final
 if TYPE_CHECKING:
     import onnx_ir
 
-    from octavo.ir.facts import Latencies, Method
+    from octavo.ir.facts import Latencies, Method, Option
     from octavo.ir.model import Model
     from octavo.ir.target import Target
 
 _MACS_PER_SECOND = 40e9
 _BYTES_PER_SECOND = 8e9
-_CALL_SECONDS = 1e-6
+# What the runtime spends around one kernel.
+CALL_SECONDS = 1e-6
 
 
 @final
@@ -45,8 +46,12 @@ class AnalyticCost:
         operand = node.inputs[0] if method == "dynamic" else None
         return seconds + (0.0 if operand is None else self.boundary_seconds(operand))
 
+    def option_seconds(self, node: onnx_ir.Node, option: Option) -> float | None:
+        """Seconds of a node under an option: the width of a stored weight does not count."""
+        return self.seconds(node, option.method)
+
     def boundary_seconds(self, value: onnx_ir.Value) -> float:
-        return _CALL_SECONDS + 4 * self.elements(value) / _BYTES_PER_SECOND
+        return CALL_SECONDS + 4 * self.elements(value) / _BYTES_PER_SECOND
 
     def elements(self, value: onnx_ir.Value) -> int:
         """Elements of a value; a dimension that nothing tells counts as 1."""
@@ -81,7 +86,7 @@ class AnalyticCost:
     def _float_seconds(self, node: onnx_ir.Node) -> float:
         values = [v for v in (*node.inputs, *node.outputs) if v is not None]
         moved = sum(4 * self.elements(v) for v in values if not v.is_initializer())
-        return _CALL_SECONDS + self.macs(node) / _MACS_PER_SECOND + moved / _BYTES_PER_SECOND
+        return CALL_SECONDS + self.macs(node) / _MACS_PER_SECOND + moved / _BYTES_PER_SECOND
 
 
 def _dims(value: onnx_ir.Value | None) -> list[int]:
@@ -127,7 +132,13 @@ class MeasuredCost:
         scale = measured["float"] / own if own and "float" in measured else self.scale
         return estimate * scale
 
+    def option_seconds(self, node: onnx_ir.Node, option: Option) -> float | None:
+        return self.seconds(node, option.method)
+
     def boundary_seconds(self, value: onnx_ir.Value) -> float:
         rates = self.latencies
         per_byte = (rates.quantize_seconds_per_byte + rates.dequantize_seconds_per_byte) / 2
-        return _CALL_SECONDS + 4 * self.analytic.elements(value) * per_byte
+        return CALL_SECONDS + 4 * self.analytic.elements(value) * per_byte
+
+    def macs(self, node: onnx_ir.Node) -> int:
+        return self.analytic.macs(node)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from octavo.ir.calibration import Batches, Feed
-    from octavo.ir.facts import Method
+    from octavo.ir.facts import Method, Option
     from octavo.ir.model import Model
 
 
@@ -23,12 +23,15 @@ class Evaluator(Protocol):
     ) -> Iterator[dict[str, NDArray[np.generic]]]:
         """The named values (intermediate ones too) for every feed, one feed at a time."""
 
+    def load(self, model: Model) -> Callable[[Feed], dict[str, NDArray[np.generic]]]:
+        """A model that is run by calling it, on one thread; it lives as long as the caller."""
+
     def run(self, model: Model, feed: Feed) -> dict[str, NDArray[np.generic]]:
         """The graph outputs of one feed, by output name."""
 
 
 class CostModel(Protocol):
-    """Seconds and bytes of one option on one node."""
+    """Seconds and multiply-accumulates of one option on one node."""
 
     @property
     def source(self) -> str:
@@ -36,6 +39,12 @@ class CostModel(Protocol):
 
     def seconds(self, node: onnx_ir.Node, method: Method) -> float | None:
         """Seconds of a node under a method, `None` where nothing is known."""
+
+    def option_seconds(self, node: onnx_ir.Node, option: Option) -> float | None:
+        """Seconds of a node under an option, `None` where the target has no kernel for it."""
+
+    def macs(self, node: onnx_ir.Node) -> int:
+        """Multiply-accumulates of a node; 0 where nothing is multiplied by a weight."""
 
     def boundary_seconds(self, value: onnx_ir.Value) -> float:
         """Seconds to move a value between float and integer compute (one Q or DQ)."""
