@@ -200,12 +200,21 @@ _ABSORBED = ORT_CPU.fused_activations
 _UNPACKERS = ("DequantizeLinear", "Cast", "Mul", "Gather", "Reshape", "Slice", "BitwiseOr")
 
 
+# What passes note for each other; folding leaves up to kilobytes on a constant.
+_NOTES = (OPTION, PROVENANCE, "pkg.onnxscript.optimizer.folded_from")
+
+
 def _strip(own: Model) -> None:
     """Leave out what only the compiler needs: inferred shapes and octavo's own metadata."""
     kept = {id(v) for v in (*own.graph.inputs, *own.graph.outputs)}
     for node in own.graph.all_nodes():
-        for key in (OPTION, PROVENANCE):
+        for key in _NOTES:
             node.metadata_props.pop(key, None)
         for value in node.outputs:
             if id(value) not in kept and node.graph is own.graph:
                 value.shape, value.type = None, None
+    for value in own.graph.initializers.values():
+        for key in _NOTES:
+            value.metadata_props.pop(key, None)
+        if id(value) not in kept:
+            value.shape, value.type = None, None
