@@ -7,7 +7,7 @@ import math
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -69,6 +69,9 @@ class Subject:
     read_graph: bool = False
 
 
+Estimator = Callable[[Sequence[float]], float]
+
+
 def origin(node_name: str) -> str:
     """A name of the optimized graph without what the optimizers appended."""
     return _SUFFIXES.sub("", node_name)
@@ -91,28 +94,43 @@ def profile(
 def _run(
     subjects: Sequence[Subject], feed: Feed, folder: Path, threads: int, runs: int
 ) -> list[Profile]:
-    paths = [folder / f"{index}.onnx" for index in range(len(subjects))]
+    paths = graph_files(subjects, folder)
     sessions = [
-        make_session(
-            subject.file,
-            threads=threads,
-            config=subject.config,
-            profile_prefix=path.with_suffix(".profile"),
-            optimized_path=path if subject.read_graph else None,
-        )
-        for subject, path in zip(subjects, paths, strict=True)
+        profiled(subject, path, threads) for subject, path in zip(subjects, paths, strict=True)
     ]
     calls = [s.bound({n: feed[n] for n in s.inputs if n in feed}) for s in sessions]
     for _ in range(runs):
         for call in calls:
             call()
     return [
-        _profile(session, path if subject.read_graph else None, runs)
+        read_profile(session, path if subject.read_graph else None, runs, min)
         for session, subject, path in zip(sessions, subjects, paths, strict=True)
     ]
 
 
-def _profile(session: Session, optimized: Path | None, runs: int) -> Profile:
+def graph_files(subjects: Sequence[Subject], folder: Path) -> list[Path]:
+    """Where the optimized graph of each subject goes; its profile lies beside it."""
+    return [folder / f"{index}.onnx" for index in range(len(subjects))]
+
+
+def profiled(subject: Subject, graph: Path, threads: int) -> Session:
+    """A session that profiles every run until `read_profile` ends that."""
+    return make_session(
+        subject.file,
+        threads=threads,
+        config=subject.config,
+        profile_prefix=graph.with_suffix(".profile"),
+        optimized_path=graph if subject.read_graph else None,
+    )
+
+
+def read_profile(
+    session: Session, optimized: Path | None, runs: int, typical: Estimator
+) -> Profile:
+    """End profiling; what `runs` runs took by kernel, the first one left out as a warm-up.
+
+    `typical` makes one figure of a kernel's seconds in every run.
+    """
     graph = onnx.load(optimized, load_external_data=False).graph if optimized else None
     outputs = {node.name: tuple(node.output) for node in graph.node} if graph else {}
     by_node: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -120,13 +138,18 @@ def _profile(session: Session, optimized: Path | None, runs: int) -> Profile:
         if event.get("cat") == "Node" and event["name"].endswith(_KERNEL_TIME):
             by_node[event["name"].removesuffix(_KERNEL_TIME)].append(event)
     kernels = (
-        _kernel_time(name, outputs.get(name, ()), events, runs) for name, events in by_node.items()
+        _kernel_time(name, outputs.get(name, ()), events, runs, typical)
+        for name, events in by_node.items()
     )
     return Profile(tuple(kernels), graph)
 
 
 def _kernel_time(
-    name: str, outputs: Iterable[str], events: list[dict[str, Any]], runs: int
+    name: str,
+    outputs: Iterable[str],
+    events: list[dict[str, Any]],
+    runs: int,
+    typical: Estimator,
 ) -> KernelTime:
     per_run = max(1, len(events) // runs)
     timed = [event["dur"] for event in events[per_run:]] or [event["dur"] for event in events]
@@ -134,7 +157,7 @@ def _kernel_time(
     return KernelTime(
         node=name,
         op_type=arguments["op_name"],
-        seconds=per_run * min(timed) * 1e-6,
+        seconds=per_run * typical(timed) * 1e-6,
         names=frozenset((origin(name), *outputs)),
         inputs=_tensors(arguments.get("input_type_shape", [])),
         outputs=_tensors(arguments.get("output_type_shape", [])),
@@ -211,7 +234,9 @@ class Owners:
         seconds: dict[str, float] = defaultdict(float)
         fused = []
         for kernel in kernels:
-            owner = next((self.by_name[n] for n in kernel.names if n in self.by_name), None)
+            owners = sorted(self.by_name[n] for n in kernel.names if n in self.by_name)
+            weighted = (name for name in owners if name in self.weighted)
+            owner = next(weighted, next(iter(owners), None))
             # A fused kernel is called after the last value it computes, an activation or a sum.
             if owner not in self.weighted and kernel.op_type.removeprefix("Fused") in _WEIGHTED:
                 fused.append(kernel)
