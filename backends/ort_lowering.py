@@ -10,6 +10,7 @@ from octavo.backends import ort_layout as layout
 from octavo.backends import ort_rewrites as rewrites
 from octavo.backends.ort_target import MICROSOFT, ORT_CPU
 from octavo.ir.artifact import Artifact, PlannedNode
+from octavo.ir.errors import UsageError
 from octavo.ir.facts import Choice, Placement, Plan
 from octavo.ir.fake_quant import DOMAIN, OPTION, declare_functions
 from octavo.ir.model import PROVENANCE, Model
@@ -19,12 +20,16 @@ from octavo.ir.write import write
 if TYPE_CHECKING:
     import onnx_ir
 
+    from octavo.ir.target import KernelRow
+
 
 def lower(model: Model, path: Path, target: str = ORT_CPU.name) -> Artifact:
     """Write the lowered model to `path`; the given model is not changed.
 
-    Raises VerificationFailed when the result is not well-formed.
+    Raises UsageError for a weight that the planned kernel cannot read, VerificationFailed when the
+    result is not well-formed.
     """
+    _check_weights(model)
     own = model.clone()
     explicit = rewrite(own)
     planned = tuple(_planned(model, own, explicit))
@@ -32,6 +37,19 @@ def lower(model: Model, path: Path, target: str = ORT_CPU.name) -> Artifact:
     verify(own, after_pass=f"lowering to {target}")
     write(own, path)
     return Artifact(path, target, planned)
+
+
+def _check_weights(model: Model) -> None:
+    """Refuse a plan whose weights the planned kernels cannot read."""
+    plan = model.find(Plan) or Plan({}, "")
+    for node in model.graph:
+        choice = plan.by_node.get(node.name or "")
+        if choice is None or choice.option.weight is None:
+            continue
+        why = _row(node, choice).refusal(choice.option.weight)
+        if why:
+            message = f"no kernel of onnxruntime runs the option '{choice.option}'"
+            raise UsageError(message, where=f"node '{node.name}'", why=why)
 
 
 def rewrite(own: Model) -> dict[str, str]:
@@ -153,13 +171,17 @@ def _planned(model: Model, lowered: Model, explicit: Mapping[str, str]) -> Itera
 def _kernels(node: onnx_ir.Node, choice: Choice) -> tuple[str, ...]:
     if choice.option.method in ("float", "storage"):
         return ()
-    row = next(
+    return _row(node, choice).kernels
+
+
+def _row(node: onnx_ir.Node, choice: Choice) -> KernelRow:
+    """A row for a node that is quantized already: its conditions held when it was chosen."""
+    return next(
         r
         for r in ORT_CPU.rows
         if (r.op_type, r.method) == (node.op_type, choice.option.method)
         and bool(r.weights) == (choice.option.weight is not None)
     )
-    return row.kernels
 
 
 def _weight_bytes(source: onnx_ir.Node, lowered: onnx_ir.Node | None) -> tuple[int, int]:

@@ -101,6 +101,8 @@ _INTEGER_MATMUL = (
     f"{MICROSOFT}::MatMulIntegerToFloat",
     f"{MICROSOFT}::QGemm",
 )
+# Of 2-bit codes, those in blocks of 16 or 256 are multiplied as floats: exact, and slow.
+_BLOCKS = (16, 32, 64, 128, 256)
 _DYNAMIC_MATMUL = (f"{MICROSOFT}::DynamicQuantizeMatMul", f"{MICROSOFT}::MatMulIntegerToFloat")
 
 
@@ -157,6 +159,7 @@ def _storage(
 ) -> KernelRow:
     return KernelRow(
         op_type, "storage", (), (), weights=weights, weight_axis=axis, output="float",
+        blocks=(0,) if op_type == "Gather" else (0, *_BLOCKS),
         conditions=(*map(_float_constant, weights), *conditions),
         note="stored in 1 to 8 bits, unpacked when the model loads",
     )  # fmt: skip
@@ -217,15 +220,16 @@ _DYNAMIC = (
     ),
     KernelRow(
         "LSTM", "dynamic", (f"{MICROSOFT}::DynamicQuantizeLSTM",), weights=(1, 2), weight_axis=1,
-        output="float", conditions=(_float_constant(1), _float_constant(2), _PLAIN_LSTM),
-        speed=0.45, note="its error is measured before it is chosen",
+        blocks=(0,), output="float", speed=0.45,
+        conditions=(_float_constant(1), _float_constant(2), _PLAIN_LSTM),
+        note="its error is measured before it is chosen",
     ),
 )  # fmt: skip
 
 _WEIGHT_ONLY = tuple(
     KernelRow(
         op_type, "weight-only", (f"{MICROSOFT}::MatMulNBits",), (), weights=(1,), weight_axis=axis,
-        bias=bias, output="float", conditions=conditions, speed=0.9,
+        bits=(2, 4, 8), blocks=_BLOCKS, bias=bias, output="float", conditions=conditions, speed=0.9,
         note="fast for one row (decoding), slower than dynamic for many",
     )
     for op_type, axis, bias, conditions in (

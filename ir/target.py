@@ -6,10 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, final
 
+from octavo.ir.quant import PerBlock
+
 if TYPE_CHECKING:
     import onnx_ir
 
     from octavo.ir.facts import Method
+    from octavo.ir.quant import QuantSpec
 
 OutputRule = Literal["quantized", "either", "float"]
 Tie = Literal["weight", "input", "sum", "concat"]
@@ -33,6 +36,7 @@ class KernelRow:
     - `operands` is empty for "all inputs" where `variadic` says so;
     - `weights`: indices of the constant weights;
     - `weight_axis`: their output-channel axis, where per-axis parameters go;
+    - `bits`: widths of the weights, `blocks`: sizes of blocks that share a scale (0: a whole axis);
     - `bias`: index of the bias input, or `None`;
     - `output`: "quantized" if the kernel exists only with a quantizer on the output, "either"
       if the output may stay float, "float" if it must;
@@ -49,6 +53,8 @@ class KernelRow:
     variadic: bool = False
     weights: tuple[int, ...] = ()
     weight_axis: int = 0
+    bits: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
+    blocks: tuple[int, ...] = ()
     bias: int | None = None
     output: OutputRule = "quantized"
     same_params: bool = False
@@ -56,6 +62,20 @@ class KernelRow:
     conditions: tuple[Condition, ...] = ()
     speed: float = 1.0
     note: str = ""
+
+    def refusal(self, spec: QuantSpec) -> str:
+        """Why the kernel cannot read a weight of this spec, empty where it can."""
+        if not spec.signed:
+            return f"{self.method} {self.op_type} reads signed weights"
+        if spec.bits not in self.bits:
+            widths = ", ".join(map(str, self.bits))
+            return f"{self.method} {self.op_type} reads weights of {widths} bits"
+        granularity = spec.granularity
+        size = granularity.size if isinstance(granularity, PerBlock) else None
+        if size in self.blocks or (size is None and self.method != "weight-only"):
+            return ""
+        sizes = f"blocks of {', '.join(map(str, self.blocks))}" if self.blocks else "no blocks"
+        return f"{self.method} {self.op_type} reads {sizes}"
 
 
 @final

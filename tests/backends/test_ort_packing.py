@@ -18,6 +18,7 @@ from octavo.backends import ort_packing
 from octavo.backends.ort_audit import audit
 from octavo.backends.ort_lowering import lower
 from octavo.backends.ort_session import make_session
+from octavo.ir.errors import UsageError
 from octavo.ir.facts import Choice, Method, Option, Plan, Range, Ranges
 from octavo.ir.model import Model
 from octavo.ir.quant import (
@@ -232,16 +233,24 @@ def test_blocks_of_low_bit_weights(
     assert set(found.kernels) == {"com.microsoft::MatMulNBits"}
 
 
-@pytest.mark.parametrize(
-    ("name", "blocks"),
-    [("MatMul", PerBlock(1, 23)), ("ConvTranspose", PerBlock(0, 5)), ("Gemm", PerBlock(0, 41))],
-)
+BLOCKED = {
+    "MatMul": (Case("[n] y = MatMul (x, w)", "(float[3,64] x) => (float[3,23] y)",
+                    {"w": (64, 23)}, 1), PerBlock(0, 32)),
+    "GRU": (CASES["GRU"], PerBlock(2, 0)),
+    "ConvTranspose": (CASES["ConvTranspose"], PerBlock(0, 32)),
+    "Gemm": (CASES["Gemm"], PerBlock(0, 32)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BLOCKED)
 def test_stored_blocks(
-    name: str, blocks: PerBlock, tmp_path: Path, pass_context: PassContext
+    name: str, tmp_path: Path, pass_context: PassContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    case, blocks = BLOCKED[name]
+    monkeypatch.setitem(CASES, name, case)
     spec = QuantSpec("s3", blocks, symmetric=True)
     _, artifact = _lowered(name, Option("storage", spec), tmp_path / "m.onnx", pass_context)
-    actual = _run(artifact.path, _feed(name, CASES[name]))
+    actual = _run(artifact.path, _feed(name, case))
     assert _distance(actual, _truth(name, spec)) <= _LIMITS["storage"]
 
 
@@ -268,3 +277,29 @@ def test_readers_of_one_weight_share_its_codes_and_all_weights_the_tables(
     stored = {row.node: row.weight_bytes for row in artifact.planned}
     # 1,600 codes of 3 bits, 40 scales and the shape (two int64), without the tables.
     assert stored == dict.fromkeys("abc", 600 + 160 + 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "why"),
+    [
+        ("MatMul", QuantSpec("s3", PerBlock(0, 32), symmetric=True), "2, 4, 8 bits"),
+        ("MatMul", QuantSpec("s4", PerBlock(0, 48), symmetric=True), "blocks of 16, 32, 64, 128"),
+        ("Gemm", QuantSpec("s4", PerAxis(1), symmetric=True), "blocks of 16, 32, 64, 128"),
+        ("Gemm", QuantSpec("u4", PerBlock(0, 32)), "signed"),
+    ],
+)
+def test_a_weight_that_no_kernel_reads_is_refused(
+    name: str, spec: QuantSpec, why: str, tmp_path: Path, pass_context: PassContext
+) -> None:
+    with pytest.raises(UsageError, match=f"(?s)node 'n'.*{why}"):
+        _lowered(name, Option("weight-only", spec), tmp_path / "m.onnx", pass_context)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["static", "dynamic"])
+def test_integer_kernels_take_no_blocks(
+    method: Method, tmp_path: Path, pass_context: PassContext
+) -> None:
+    option = Option(method, QuantSpec("s4", PerBlock(0, 32), symmetric=True))
+    with pytest.raises(UsageError, match="reads no blocks"):
+        _lowered("MatMul", option, tmp_path / "m.onnx", pass_context)

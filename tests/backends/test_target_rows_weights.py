@@ -19,6 +19,7 @@ from onnx import helper, numpy_helper
 
 from octavo.backends.ort_session import make_session
 from octavo.backends.ort_target import ORT_CPU
+from octavo.ir.errors import OctavoError
 from octavo.ir.facts import Method
 
 _HEADER = '<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]> g'
@@ -205,3 +206,28 @@ def test_values(pattern: Pattern) -> None:
     assert actual.shape == truth.shape
     assert np.linalg.norm(actual - truth) <= pattern.error * np.linalg.norm(truth)
     assert np.linalg.norm(truth) > 0
+
+
+def _session_of_blocks(bits: int, size: int) -> None:
+    bytes_per_block = max(1, size * bits // 8)
+    parsed = onnx.parser.parse_model(f"""{_HEADER} (float[4,{size}] x) => (y) {{
+        y = com.microsoft.MatMulNBits <K : int = {size}, N : int = 16, bits : int = {bits},
+        block_size : int = {size}, accuracy_level : int = 4> (x, w, s) }}""")
+    w = np.zeros((16, 1, bytes_per_block), np.uint8)
+    parsed.graph.initializer.append(numpy_helper.from_array(w, "w"))
+    parsed.graph.initializer.append(numpy_helper.from_array(np.ones((16, 1), np.float32), "s"))
+    make_session(parsed.SerializeToString(), threads=1)
+
+
+def test_the_widths_and_blocks_of_the_row_are_those_of_the_kernel() -> None:
+    row = next(r for r in ORT_CPU.rows if r.method == "weight-only")
+    for bits in range(1, 9):
+        if bits in row.bits:
+            for size in row.blocks:
+                _session_of_blocks(bits, size)
+        else:
+            with pytest.raises(OctavoError):
+                _session_of_blocks(bits, 32)
+    for size in (8, 48):
+        with pytest.raises(OctavoError):
+            _session_of_blocks(4, size)
