@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import onnx
@@ -112,7 +112,7 @@ def _proto(case: Case, arrays: Mapping[str, NDArray[np.float32]]) -> onnx.ModelP
     return proto
 
 
-def _feed(name: str, case: Case) -> dict[str, NDArray[np.generic]]:
+def _feed(name: str, case: Case) -> dict[str, NDArray[Any]]:
     rng = np.random.default_rng(3)
     shape = [d.dim_value for d in _proto(case, {}).graph.input[0].type.tensor_type.shape.dim]
     if name == "Gather":
@@ -136,9 +136,13 @@ def _lowered(name: str, option: Option, path: Path, ctx: PassContext) -> tuple[M
     return planned, lower(planned, path)
 
 
-def _run(model: str | bytes | Path, feed: Mapping[str, NDArray[np.generic]]) -> NDArray[np.float32]:
-    found: NDArray[np.float32] = make_session(model, threads=1).run(feed)["y"]  # type: ignore[arg-type]
-    return found
+def _run(
+    model: bytes | Path,
+    feed: Mapping[str, NDArray[Any]],
+    optimization: Literal["all", "none"] = "all",
+) -> NDArray[np.float64]:
+    outputs = make_session(model, threads=1, optimization=optimization).run(feed)
+    return outputs["y"].astype(np.float64)
 
 
 def _truth(name: str, spec: QuantSpec) -> NDArray[np.float64]:
@@ -146,16 +150,15 @@ def _truth(name: str, spec: QuantSpec) -> NDArray[np.float64]:
     case = CASES[name]
     rounded = {k: a if k in case.other else round_weight(a, spec) for k, a in _arrays(case).items()}
     content = _proto(case, rounded).SerializeToString()
-    session = make_session(content, threads=1, optimization="none")
-    return session.run(_feed(name, case))["y"].astype(np.float64)
+    return _run(content, _feed(name, case), "none")
 
 
 def _granularity(name: str) -> Granularity:
     return PerBlock(2, 0) if name in ("LSTM", "GRU") else PerAxis(CASES[name].axis)
 
 
-def _distance(actual: NDArray[np.generic], truth: NDArray[np.float64]) -> float:
-    return float(np.linalg.norm(actual.astype(np.float64) - truth) / np.linalg.norm(truth))
+def _distance(actual: NDArray[np.float64], truth: NDArray[np.float64]) -> float:
+    return float(np.linalg.norm(actual - truth) / np.linalg.norm(truth))
 
 
 # Rounding of activations to 8 bits: once per value, in every step of an LSTM.
@@ -178,7 +181,7 @@ def test_every_width_computes_with_the_rounded_weight(
     feed = _feed(name, CASES[name])
     actual = _run(artifact.path, feed)
     if method == "static":
-        literal = make_session(serialize(planned), threads=1, optimization="none").run(feed)["y"]
+        literal = _run(serialize(planned), feed, "none")
         np.testing.assert_allclose(actual, literal, rtol=0, atol=1.01 * _STEP)
         assert np.abs(literal).max() > 20 * _STEP
         return

@@ -110,7 +110,7 @@ def test_runtimes_round_as_the_reference_does(
     rng = np.random.default_rng(1)
     scale = np.array(rng.choice([0.5, 0.37, 0.05], shape), np.float32)
     zero = np.array(rng.integers(spec.qmin, spec.qmax + 1, shape))
-    params = QuantParams(spec, scale, zero * (dtype != "s1"))
+    params = QuantParams(spec, scale, (zero * (dtype != "s1")).astype(np.int32))
     proto, _ = _fake(params)
     expected = dequantize(quantize(_drawn(), params), params)
     np.testing.assert_allclose(run(proto, _drawn()), expected, rtol=RELATIVE, atol=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
@@ -29,7 +31,7 @@ def test_a_tensor_takes_what_is_predicted(shape: tuple[int, ...], name: str) -> 
 
 @pytest.mark.parametrize("domain", ["", "com.microsoft"])
 @pytest.mark.parametrize("attributes", [{}, {"to": 1}, {"K": 300, "bits": 4, "size": 20_000}])
-def test_a_node_takes_what_is_predicted(domain: str, attributes: dict[str, int]) -> None:
+def test_a_node_takes_what_is_predicted(domain: str, attributes: dict[str, Any]) -> None:
     inputs = ["x", "w" * 200, ""]
     node = helper.make_node("Op", inputs, ["out"], "out", domain=domain or None, **attributes)
     predicted = node_bytes("Op", [1, 200, 0], 3, attributes, domain)

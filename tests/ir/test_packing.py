@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -77,7 +77,7 @@ def test_the_bytes_of_a_width(dtype: QuantType, count: int, size: int) -> None:
     stored = zip(parts(spec), pack(_drawn(spec, (count,)), spec), strict=True)
     tensors = [
         helper.make_tensor("t", part.native, a.shape, a.astype(np.int32).tolist())
-        if part.native in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
+        if part.native is not None and spec.bits < 8
         else numpy_helper.from_array(a)
         for part, a in stored
     ]
@@ -116,7 +116,7 @@ def _graph(codes: NDArray[np.int8 | np.uint8], spec: QuantSpec) -> onnx.ModelPro
         for name, given in zip(names, step.inputs, strict=True):
             if not isinstance(given, str) and name not in {t.name for t in constants}:
                 constants.append(numpy_helper.from_array(np.array(given, np.int64), name))
-        attributes = {} if step.to is None else {"to": int(step.to)}
+        attributes: dict[str, Any] = {} if step.to is None else {"to": int(step.to)}
         nodes.append(helper.make_node(step.op_type, names, [step.output], **attributes))
     output = helper.make_tensor_value_info(nodes[-1].output[0], onnx.TensorProto.INT8, codes.shape)
     graph = helper.make_graph(nodes, "g", [], [output], constants)
