@@ -8,15 +8,16 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, cast, final
 
 from octavo.backends.bench import bench
 from octavo.backends.ort_lowering import lower
 from octavo.backends.ort_session import environment
 from octavo.backends.ort_timing import QUANTIZERS, time_nodes
 from octavo.ir.cache import cache_key
+from octavo.ir.errors import UnknownName, UsageError
 from octavo.ir.facts import FLOAT, Choice, Option, Plan, Range, Ranges
-from octavo.ir.latency_table import NOMINAL_SECONDS_PER_BYTE, LatencyTable
+from octavo.ir.latency_table import NOMINAL_SECONDS_PER_BYTE, LatencyTable, read_table
 from octavo.ir.menu import Menu
 from octavo.ir.shapes import concrete_shapes
 from octavo.ir.signature import option_key, signature
@@ -29,11 +30,16 @@ from octavo.passes.pipeline import Pipeline
 from octavo.passes.place_quantizers import PlaceQuantizers
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    import onnx_ir
+
     from octavo.backends.ort_timing import Timing
     from octavo.ir.artifact import Artifact
     from octavo.ir.calibration import Feed
     from octavo.ir.facts import Method
     from octavo.ir.model import Model
+    from octavo.ir.target import Target
     from octavo.passes.base import PassContext
 
 Row = dict[str, float]
@@ -41,6 +47,8 @@ Row = dict[str, float]
 _ANY_RANGE = Range(-1.0, 1.0, -1.0, 1.0)
 _LABEL = "profile"
 _RATES = ("quantize", "dequantize")
+_LINEAR = ("Conv", "ConvTranspose", "MatMul", "Gemm", "LSTM", "GRU", "RNN")
+_FORM = re.compile(r"weight-only:s([248])/block(16|32|64|128|256)")
 _NOT_A_NAME = re.compile(r"\W+")
 
 
@@ -54,7 +62,17 @@ class Kind:
     block: int = 0
 
     def __str__(self) -> str:
-        return f"{self.method}:s{self.bits}/{self.block}" if self.block else self.method
+        return f"{self.method}:s{self.bits}/block{self.block}" if self.block else self.method
+
+    @staticmethod
+    def parse(text: str) -> Kind:
+        """The kind that `str` writes; UnknownName for any other text."""
+        form = _FORM.fullmatch(text)
+        if text in ("static", "dynamic"):
+            return Kind(cast("Method", text))
+        if form is None:
+            raise UnknownName("way to compute", text, map(str, DEFAULT_KINDS))
+        return Kind("weight-only", int(form[1]), int(form[2]))
 
     def plan(self, model: Model, ctx: PassContext) -> Plan:
         """This kind wherever the target offers it, float everywhere else; no node left out."""
@@ -138,13 +156,67 @@ def profile_model(
     """Measure what the cache lacks: each signature in float and in every kind that it has.
 
     `model` is canonicalized; `seconds_limit` bounds the runs of each kind. Nothing runs where
-    the cache knows everything.
+    the cache knows everything. Raises UsageError for a model without nodes.
     """
+    if not len(model.graph):
+        message = "the model has no node to measure"
+        raise UsageError(message, where=model.source.name, why="all of it is constant")
     shapes = concrete_shapes(model, feed)
     signatures = {node.name or "": signature(node, shapes) for node in model.graph}
     rows: dict[str, Row] = {text: {} for text in signatures.values()}
     own = with_any_ranges(model, ctx)
     return _Work(own, feed, ctx, threads, seconds_limit, signatures, rows).run(kinds)
+
+
+def with_neighbours(model: Model, plan: Plan, before: Timing, after: Timing) -> dict[str, float]:
+    """Seconds of planned nodes, with what their kernels save or cost the float nodes around them.
+
+    The runtime fuses a bias or a scale into one kernel in float and into another, or none, next
+    to an integer kernel. What a float node around the planned ones then takes less or more is
+    theirs, in equal parts; so a plan's seconds are those of its nodes as if nothing moved.
+    """
+    planned = {n for n, c in plan.by_node.items() if c.option.method != "float"}
+    seconds = {name: s for name, s in after.by_node.items() if name in planned}
+    movable = {n.name or "" for n in model.graph if n.op_type not in _LINEAR} - planned
+    touched: dict[str, list[str]] = defaultdict(list)
+    for node in model.graph:
+        if node.name in seconds:
+            for name in dict.fromkeys(_around(node)):
+                if name in movable and name in plan.by_node:
+                    touched[name].append(node.name or "")
+    for name, owners in touched.items():
+        moved = after.by_node.get(name, 0.0) - before.by_node.get(name, 0.0)
+        for owner in owners:
+            seconds[owner] += moved / len(owners)
+    return seconds
+
+
+def _around(node: onnx_ir.Node) -> Iterator[str]:
+    """Names of the nodes a fusion could join with this one: two behind it, one before."""
+    for value in node.inputs:
+        made = value.producer() if value is not None else None
+        if made is not None:
+            yield made.name or ""
+    for reader in node.successors():
+        yield reader.name or ""
+        yield from (behind.name or "" for behind in reader.successors())
+
+
+def cost_of_profile(
+    path: Path, model: Model, target: Target, feed: Feed, threads: int
+) -> tuple[TableCost, tuple[str, ...]]:
+    """Costs by a recorded profile, and how its device differs from this one, as warnings.
+
+    `model` is canonicalized, `feed` gives the shapes. Raises UsageError for a file that is no
+    profile.
+    """
+    table = read_table(path)
+    cost = TableCost.of(model, table, target, feed)
+    different = table.differences(environment(threads))
+    warnings = [f"{path.name} was recorded elsewhere: {text}" for text in different]
+    if cost.known < cost.total:
+        warnings.append(f"{cost.total - cost.known} of {cost.total} nodes are not in {path.name}")
+    return cost, tuple(warnings)
 
 
 @dataclass
@@ -188,11 +260,16 @@ class _Work:
             timed = time_nodes(
                 files, self.feed, threads=self.threads, seconds_limit=self.seconds_limit
             )
-            self._record(FLOAT_KIND, plans[FLOAT_KIND], timed[0], 1.0)
+            self._record(FLOAT_KIND, plans[FLOAT_KIND], timed[0].by_node)
             if kind is not FLOAT_KIND:
                 # A machine is faster or slower by the minute; float tells by how much.
-                now = sum(timed[0].by_node.values())
-                self._record(kind, plans[kind], timed[1], self._float_seconds() / (now or 1.0))
+                scale = self._float_seconds() / (sum(timed[0].by_node.values()) or 1.0)
+                seconds = with_neighbours(self.model, plans[kind], timed[0], timed[1])
+                scaled = {name: own * scale for name, own in seconds.items()}
+                self._record(kind, plans[kind], scaled)
+                if kind.method == "static":
+                    rates = [_rate(timed[1].quantizers.get(name)) for name in QUANTIZERS]
+                    self._store_rates([rate * scale for rate in rates])
             self.ctx.progress(_LABEL, done, steps)
 
     def _lowered(self, kind: Kind, plan: Plan) -> Artifact:
@@ -207,7 +284,7 @@ class _Work:
     def _float_seconds(self) -> float:
         return sum(self.rows[text].get("float", 0.0) for text in self.signatures.values())
 
-    def _record(self, kind: Kind, plan: Plan, timing: Timing, scale: float) -> None:
+    def _record(self, kind: Kind, plan: Plan, measured: Mapping[str, float]) -> None:
         """Keep the mean over the nodes of a signature, so that the sum over nodes stays.
 
         A node without a kernel is part of another one's and takes no time of its own, unless it
@@ -216,16 +293,13 @@ class _Work:
         nodes = {node.name or "": node for node in self.model.graph}
         found: dict[tuple[str, str], list[float]] = defaultdict(list)
         for key, name in self._keys(kind, plan):
-            seconds = timing.by_node.get(name)
+            seconds = measured.get(name)
             if seconds is None and self.ctx.cost.macs(nodes[name]) == 0:
                 seconds = 0.0
-            found[key] += [] if seconds is None else [seconds * scale]
+            found[key] += [] if seconds is None else [seconds]
         for (text, option), values in found.items():
             if not self._load(text, option):
-                self._store(text, option, fmean(values) if values else None)
-        if kind.method == "static":
-            rates = [_rate(timing.quantizers.get(name)) for name in QUANTIZERS]
-            self._store_rates([rate * scale for rate in rates])
+                self._store(text, option, max(0.0, fmean(values)) if values else None)
 
     def _profiled(self) -> Profiled:
         rows = {text: row for text, row in self.rows.items() if row}

@@ -19,7 +19,7 @@ _LABELS = ("doc_string", "name")
 
 
 def signature(node: onnx_ir.Node, shapes: Mapping[str, Shape]) -> str:
-    """`Conv{group=1,strides=[2,2]}(float32 1x3x8x8, const float32 4x3x3x3) -> 1x4x4x4`.
+    """`Conv{group=1,strides=[2,2]}(float 1x3x8x8, const float 4x3x3x3) -> 1x4x4x4`.
 
     Equal for nodes that run the same kernel on the same work: names and the values of constants
     do not count. `shapes` gives the sizes of values by name, where the graph declares none.
