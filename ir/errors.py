@@ -3,6 +3,7 @@
 OctavoError
 ├── UsageError (exit 2)           a command, option, pipeline or calibration that cannot work
 │   ├── UnknownName               with near misses
+│   ├── BudgetInfeasible          with the nearest budgets that can be kept
 │   └── CalibrationError
 ├── GoalNotMet (exit 3)           the artifact is written, the goal is not reached
 ├── VerificationFailed (exit 4)   a graph, artifact or audit does not hold what it promises
@@ -17,7 +18,7 @@ import difflib
 from typing import TYPE_CHECKING, ClassVar, final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 
 class OctavoError(Exception):
@@ -56,6 +57,39 @@ class UnknownName(UsageError):
         shown = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
         hint = f"did you mean {' or '.join(close)}?" if close else f"known: {shown or 'none'}"
         super().__init__(f"unknown {kind} '{name}'", where=where, hint=hint)
+
+
+@final
+class BudgetInfeasible(UsageError):
+    """Budgets that no plan keeps together; without any one of `limits`, some plan keeps the rest.
+
+    `nearest` is, for each of them, the least that is feasible while all others are kept (`None`:
+    they cannot be kept), `alone` the least without any other budget.
+    """
+
+    def __init__(
+        self,
+        limits: Mapping[str, float],
+        nearest: Mapping[str, float | None],
+        alone: Mapping[str, float | None],
+    ) -> None:
+        self.limits, self.nearest, self.alone = dict(limits), dict(nearest), dict(alone)
+        budgets = " and ".join(f"{name} <= {limit:.6g}" for name, limit in limits.items())
+        least = (f"{n} is at least {_rounded_up(v)}" for n, v in alone.items() if v is not None)
+        offers = (f"{n} to {_rounded_up(v)}" for n, v in nearest.items() if v is not None)
+        super().__init__(
+            f"no plan keeps {budgets}" + (" together" if len(limits) > 1 else ""),
+            why=", ".join(least),
+            hint="raise " + ", or ".join(offers),
+        )
+
+
+def _rounded_up(value: float) -> str:
+    """Six digits or all digits of a whole number, never less than the value."""
+    if value == round(value) and value < 1e15:
+        return str(round(value))
+    digits = f"{value:.6g}"
+    return digits if float(digits) >= value else f"{value * (1 + 1e-5):.6g}"
 
 
 @final

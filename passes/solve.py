@@ -1,0 +1,216 @@
+"""The best choice of a programme under limits, with the proof of how good it is.
+
+A programme of a thousand groups is nearly decided by its linear relaxation. Its multipliers bound
+from below what any choice costs that takes a given candidate; choices of candidates that add
+little to the bound form a core, which PuLP and HiGHS solve. Choices with a candidate outside the
+core cost at least the bound plus the core's width, so a core that is wide enough proves the
+optimum; if it is not, the next one is wider and excludes the choices that are already compared.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, final
+
+import numpy as np
+
+from octavo.ir.errors import BudgetInfeasible, UsageError
+from octavo.passes.highs import SOLVER, core_optimum, multipliers
+from octavo.passes.linear_model import (
+    Floats,
+    LinearModel,
+    Mask,
+    Row,
+    coupled_groups,
+    linear_model,
+    undominated,
+)
+from octavo.passes.programme import Programme, keeps
+
+# The first core holds candidates within so many times the gap, and at least this gap.
+_WIDTH, _SMALLEST_GAP = 2.0, 1e-4
+# A core without a choice grows by this factor; the first one, from a candidate per group.
+_GROWTH = 1.3
+# HiGHS proves no more than this.
+_EXACT = 1e-9
+# Of the gap that is asked for, so much is left to HiGHS.
+_SHARE = 0.8
+
+
+@final
+@dataclass(frozen=True)
+class Answer:
+    """A choice with its exact totals, and what is known about the best one.
+
+    `value` is its total of the objective, `bound` a proven lower bound of every choice's, `gap`
+    their relative distance; `status` says whether the gap asked for was reached in time;
+    `dominated` counts the candidates that were dropped; `seconds` is what finding it took.
+    """
+
+    choice: Mapping[str, int]
+    totals: Mapping[str, float]
+    objective: str
+    value: float
+    bound: float
+    status: Literal["optimal", "time limit"]
+    seconds: float
+    dominated: int
+    solver: str = SOLVER
+
+    @property
+    def gap(self) -> float:
+        """(value - bound) / value; 0 where both are 0."""
+        return max(self.value - self.bound, 0.0) / self.value if self.value else 0.0
+
+
+def solve(
+    programme: Programme,
+    objective: str = "damage",
+    limits: Mapping[str, float] | None = None,
+    *,
+    gap: float = 1e-4,
+    time_limit_seconds: float = math.inf,
+    excluded: Sequence[Mapping[str, int]] = (),
+) -> Answer:
+    """The choice with the least total of `objective` ("damage" or a resource) under upper limits.
+
+    It is proven to be within `gap` (relative; 0 stands for 1e-9) of the best that is not excluded.
+    BudgetInfeasible where no choice keeps the limits; UsageError where time ends before one is
+    found, or a limit is no number; UnknownName for what is no resource.
+    """
+    limits = dict(limits or {})
+    for name, limit in limits.items():
+        if programme.known(name) and not limit >= 0:
+            raise UsageError(f"a limit must be a number >= 0, not {limit}", where=name)
+    search = _Search(programme, programme.known(objective), limits, gap, excluded)
+    answer = search.answer(time_limit_seconds)
+    if answer is None:
+        raise _infeasible(programme, limits, time_limit_seconds)
+    return answer
+
+
+@final
+@dataclass(frozen=True)
+class _Search:
+    programme: Programme
+    objective: str
+    limits: Mapping[str, float]
+    gap: float = 1e-4
+    excluded: Sequence[Mapping[str, int]] = ()
+
+    def answer(self, seconds: float) -> Answer | None:
+        """The best choice; None if there is none."""
+        start = time.perf_counter()
+        limits = {name: limit for name, limit in self.limits.items() if math.isfinite(limit)}
+        used = (self.objective, *limits)
+        coupled = coupled_groups(self.programme, used)
+        # Each candidate in place of a superfluous one gives a choice; not all are excluded.
+        kept = undominated(self.programme, used, coupled, copies=1 + len(self.excluded))
+        model = linear_model(self.programme, self.objective, limits, kept)
+        for choice in self.excluded:
+            model = model.without(choice)
+        best, bound = self._widen(model, start + seconds)
+        if best is None and bound < math.inf:
+            raise UsageError(f"no choice was found in {seconds:g} s", hint="allow more time")
+        if best is None:
+            return None
+        totals = self.programme.totals(best)
+        value = totals[self.objective]
+        return Answer(
+            choice=best,
+            totals=totals,
+            objective=self.objective,
+            value=value,
+            bound=min(bound, value),
+            status="optimal" if self._proves(value, bound) else "time limit",
+            seconds=time.perf_counter() - start,
+            dominated=sum(map(len, self.programme.groups.values())) - len(model.group),
+        )
+
+    def _widen(self, model: LinearModel, end: float) -> tuple[dict[str, int] | None, float]:
+        """The best choice, and a lower bound of all; infinite if there is none."""
+        weights = multipliers(model, end - time.perf_counter())
+        floor, reduced = model.lagrangian(np.zeros(len(model.rows)) if weights is None else weights)
+        best, value = self._nearest_bound(model, reduced)
+        compared, width, bound = np.zeros(len(reduced), dtype=bool), 0.0, math.inf
+        while not compared.all() and not self._proves(value, min(bound, floor + width)):
+            if time.perf_counter() > end:
+                break
+            known = weights is not None
+            width = self._width(reduced, compared, value, floor) if known else math.inf
+            core = reduced <= width
+            shell = model
+            if compared.any():
+                new = np.flatnonzero(core & ~compared)
+                shell = model.with_row(Row(new, -np.ones(len(new)), -1.0))
+            choice, proven = self._best_in(shell, core, reduced, floor, end)
+            bound, compared = min(bound, max(proven, floor)), core
+            if choice is not None:
+                total = self.programme.totals(choice)[self.objective]
+                best, value = (choice, total) if total < value else (best, value)
+        return best, bound if compared.all() else min(bound, floor + width)
+
+    def _width(self, reduced: Floats, compared: Mask, value: float, floor: float) -> float:
+        """What a candidate may add to the bound in the next core, which has a column more."""
+        if compared.any() and math.isfinite(value):
+            return max(value * (1 - self.gap) - floor, float(reduced[~compared].min()))
+        held = max(np.count_nonzero(compared), np.count_nonzero(reduced == 0))
+        last = min(int(held * _GROWTH), reduced.size - 1)
+        least = float(np.partition(reduced, last)[last])
+        return max(_WIDTH * max(self.gap, _SMALLEST_GAP) * floor, least)
+
+    def _best_in(
+        self, shell: LinearModel, core: Mask, reduced: Floats, floor: float, end: float
+    ) -> tuple[dict[str, int] | None, float]:
+        """The best choice of a shell that keeps the limits exactly, and the shell's bound."""
+        order = reduced - shell.cost[: len(reduced)]
+        while True:
+            left = end - time.perf_counter()
+            found = core_optimum(shell, core, order, floor, _SHARE * self.gap * floor, left)
+            if found.columns is None:
+                return None, found.bound
+            choice = shell.choice(found.columns)
+            if keeps(self.programme.totals(choice), self.limits):
+                return choice, found.bound
+            shell = shell.without(choice)
+
+    def _nearest_bound(
+        self, model: LinearModel, reduced: Floats
+    ) -> tuple[dict[str, int] | None, float]:
+        """The choice that adds nothing to the bound and its value, if it keeps the limits."""
+        starts = [*model.starts.tolist(), len(reduced)]
+        columns = [a + int(reduced[a:b].argmin()) for a, b in itertools.pairwise(starts)]
+        choice = model.choice(np.array(columns, dtype=np.int64))
+        totals = self.programme.totals(choice)
+        if choice in self.excluded or not keeps(totals, self.limits):
+            return None, math.inf
+        return choice, totals[self.objective]
+
+    def _proves(self, value: float, bound: float) -> bool:
+        return math.isfinite(value) and value - bound <= max(self.gap, _EXACT) * value
+
+
+def _infeasible(
+    programme: Programme, limits: Mapping[str, float], seconds: float
+) -> BudgetInfeasible:
+    """The error that names a smallest set of limits no choice keeps together."""
+    conflict = dict(limits)
+    for name in limits:
+        rest = {other: limit for other, limit in conflict.items() if other != name}
+        if _Search(programme, "damage", rest, gap=1.0).answer(seconds) is None:
+            conflict = rest
+
+    def least(name: str, kept: Mapping[str, float]) -> float | None:
+        answer = _Search(programme, name, kept).answer(seconds)
+        return answer.value if answer else None
+
+    others = {n: {o: v for o, v in limits.items() if o != n} for n in conflict}
+    return BudgetInfeasible(
+        conflict,
+        nearest={name: least(name, others[name]) for name in conflict},
+        alone={name: least(name, {}) for name in conflict},
+    )
