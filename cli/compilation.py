@@ -141,7 +141,7 @@ def compile_model(
     pipeline.check(())
     model = read(source)
     folder = workdir or Path(tempfile.mkdtemp(prefix="octavo-"))
-    feed = _bench_feed(model, calibration, request)
+    feed = bench_feed(model, calibration, request)
     with ThreadPoolExecutor(2) as executor:
         ctx = PassContext(
             target=target,
@@ -262,7 +262,7 @@ def _pipeline(request: Request, calibrated: bool) -> Pipeline:
     return pipeline.with_options("choose-kernels", keep_float=request.keep_float)
 
 
-def _bench_feed(model: Model, calibration: Batches | None, request: Request) -> Feed:
+def bench_feed(model: Model, calibration: Batches | None, request: Request) -> Feed:
     """One sample of the calibration data, or random numbers; `shapes` decides before both."""
     feed = random_feed(model, request.shapes, request.seed)
     if calibration is None or request.shapes:
