@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from octavo.cli.profiling import Kind, Profiled
-    from octavo.ir.calibration import Batches
+    from octavo.ir.calibration import Feed
     from octavo.ir.latency_table import LatencyTable
     from octavo.ir.model import Model
     from octavo.ir.target import Target
@@ -35,35 +35,43 @@ _ATTRIBUTES = re.compile(r"\{.*?\}(?=\()")
 _AXIS = re.compile(r"@\d+$")
 
 
+Output = Annotated[
+    Path,
+    typer.Option("--output", "-o", help="The profile to write; one of this device is extended."),
+]
+KindNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="static, dynamic or weight-only:s4/block32; repeatable. Default: these and "
+        "weight-only s8/block32, s4/block128, s2/block128."
+    ),
+]
+Shapes = Annotated[
+    list[str] | None, typer.Option(help="Shape of an input, as NAME=1x3x224x224; repeatable.")
+]
+Seconds = Annotated[float, typer.Option(min=0.0, help="Seconds at most for each kind.")]
+UseCache = Annotated[
+    bool, typer.Option("--cache/--no-cache", help="Keep measurements in ~/.cache/octavo.")
+]
+
+
 def profile(
     model: Annotated[Path, typer.Argument(help="An .onnx or .pt2 file.")],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output", "-o", help="The profile to write; one of this device is extended."
-        ),
-    ],
-    target: Annotated[str, typer.Option(help="What to compile for; see octavo targets list.")] = (
-        "ort-cpu"
-    ),
-    shape: Annotated[
-        list[str] | None, typer.Option(help="Shape of an input, as NAME=1x3x224x224; repeatable.")
-    ] = None,
+    output: Output,
+    target: Annotated[
+        str, typer.Option(help="What to compile for; see octavo targets list.")
+    ] = "ort-cpu",
+    shape: Shapes = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of the runtime.")] = 1,
     calibration: Annotated[
-        str, typer.Option("--calibration", "-c", help="Data whose first sample is run.")
-    ] = "",
-    kind: Annotated[
-        list[str] | None,
+        str,
         typer.Option(
-            help="static, dynamic or weight-only:s4/block32; repeatable. Default: these and "
-            "weight-only s8/block32, s4/block128, s2/block128."
+            "--calibration", "-c", help="Data whose first sample is run; --shape decides before it."
         ),
-    ] = None,
-    seconds: Annotated[float, typer.Option(min=0.0, help="Seconds at most for each kind.")] = 1.0,
-    cache: Annotated[
-        bool, typer.Option("--cache/--no-cache", help="Keep measurements in ~/.cache/octavo.")
-    ] = True,
+    ] = "",
+    kind: KindNames = None,
+    seconds: Seconds = 1.0,
+    cache: UseCache = True,
     as_json: AsJson = False,
 ) -> None:
     """Measure every node of a model in every way the target computes it.
@@ -81,13 +89,8 @@ def profile(
         raise UnknownName("target", target, TARGETS)
     kinds = tuple(map(Kind.parse, kind)) if kind else DEFAULT_KINDS
     before = _existing(output, environment(threads))
-    source = read(model)
-    batches = None
-    if calibration:
-        from octavo.cli.calibration_data import load_calibration
-
-        batches = load_calibration(calibration, source)
-    work = _Work(source, TARGETS[target], parse_shapes(shape or ()), threads, batches, cache)
+    shapes = parse_shapes(shape or ())
+    work = _Work(read(model), TARGETS[target], shapes, threads, calibration, cache)
     profiled = work.run(kinds, seconds)
     table = before.merge(profiled.table) if before else profiled.table
     table.write(output)
@@ -106,12 +109,11 @@ class _Work:
     target: Target
     shapes: Mapping[str, Sequence[int]]
     threads: int
-    batches: Batches | None
+    calibration: str
     cache: bool
 
     def run(self, kinds: Sequence[Kind], seconds: float) -> Profiled:
         """Canonicalize the model and profile it."""
-        from octavo.backends.bench import random_feed
         from octavo.backends.ort_session import OrtEvaluator
         from octavo.cli.profiling import profile_model
         from octavo.cli.progress import progress_bars
@@ -121,9 +123,7 @@ class _Work:
         from octavo.passes.base import PassContext
         from octavo.passes.pipeline import Pipeline
 
-        feed = random_feed(self.source, self.shapes)
-        if self.batches is not None and not self.shapes:
-            feed = dict(next(iter(self.batches)))
+        feed = self._feed()
         scratch = tempfile.TemporaryDirectory(prefix="octavo-")
         with progress_bars() as progress, scratch as folder, ThreadPoolExecutor(1) as executor:
             ctx = PassContext(
@@ -139,6 +139,15 @@ class _Work:
             return profile_model(
                 model, feed, ctx, kinds=kinds, threads=self.threads, seconds_limit=seconds
             )
+
+    def _feed(self) -> Feed:
+        """What `octavo compile` measures with, so that its nodes are found in the profile."""
+        from octavo.cli.calibration_data import load_calibration
+        from octavo.cli.compilation import bench_feed
+        from octavo.cli.request import Request
+
+        batches = load_calibration(self.calibration, self.source) if self.calibration else None
+        return bench_feed(self.source, batches, Request(shapes=self.shapes or None))
 
 
 def _existing(path: Path, environment: str) -> LatencyTable | None:

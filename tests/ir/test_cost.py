@@ -9,7 +9,8 @@ import pytest
 
 from octavo.backends.ort_target import ORT_CPU
 from octavo.ir.cost import AnalyticCost, MeasuredCost
-from octavo.ir.facts import Latencies
+from octavo.ir.facts import Latencies, Option
+from octavo.ir.quant import PerAxis, QuantSpec
 from octavo.ir.read import read
 
 if TYPE_CHECKING:
@@ -93,11 +94,26 @@ def test_a_dynamic_kernel_also_quantizes_its_input() -> None:
     assert cost.seconds(node, "dynamic") == pytest.approx(expected, rel=1e-12)
 
 
+def test_an_option_costs_what_its_method_does() -> None:
+    signature, call, weights, macs = CASES["matmul"]
+    model = model_of(signature, call, weights)
+    node, spec = node_of(model), QuantSpec("s4", PerAxis(1), symmetric=True)
+    analytic = AnalyticCost(ORT_CPU)
+    static, stored = Option("static", spec), Option("storage", spec)
+    assert analytic.option_seconds(node, static) == analytic.seconds(node, "static")
+    assert analytic.option_seconds(node, stored) == analytic.seconds(node, "float")
+    cost = measured(model, {"n": {"float": 3e-5, "static": 1e-5}})
+    assert cost.option_seconds(node, static) == 1e-5
+    assert cost.option_seconds(node, stored) == 3e-5
+    assert cost.macs(node) == macs
+
+
 def test_a_kernel_that_does_not_exist_has_no_cost() -> None:
     node = node_of(model_of("(float[2] x) => (float[2] y)", "Tanh (x)"))
     cost = AnalyticCost(ORT_CPU)
     assert cost.seconds(node, "static") is None
     assert cost.seconds(node, "dynamic") is None
+    assert cost.option_seconds(node, Option("static")) is None
     assert cost.source == "analytic"
 
 
