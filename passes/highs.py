@@ -30,7 +30,7 @@ _TOLERANCE = 1e-9
 class Found:
     """The best columns of a core (`None`: none found), and a bound on all of its choices.
 
-    `bound` is infinite where the core is proven to hold no choice.
+    `bound` is the cutoff where the core is proven to hold no choice below it.
     """
 
     columns: Integers | None
@@ -79,11 +79,19 @@ def multipliers(model: LinearModel, seconds: float) -> Floats | None:
 
 
 def core_optimum(
-    model: LinearModel, kept: Mask, order: Floats, size: float, gap: float, seconds: float
+    model: LinearModel,
+    kept: Mask,
+    order: Floats,
+    *,
+    size: float,
+    gap: float,
+    cutoff: float,
+    seconds: float,
 ) -> Found:
-    """The best choice among the kept columns, proven to `gap` (absolute) if time allows.
+    """The best choice of kept columns below `cutoff`, proven to `gap` (absolute) if time allows.
 
-    `size` is about that of the optimum; `order` sorts the candidates of a group.
+    `size` is about that of the optimum; `order` sorts the candidates of a group. No choice may be
+    found where none is below the cutoff; the bound never exceeds it.
     """
     problem = pulp.LpProblem("core", pulp.LpMinimize)
     core = _Core(model, kept, order, problem)
@@ -99,7 +107,7 @@ def core_optimum(
             factor = _scale(coefficients)
             problem += _sum(core.variables, coefficients * factor) <= limit * factor
         elif limit < 0:
-            return Found(None, math.inf)
+            return Found(None, cutoff)
     if not core.variables:
         return Found(core.columns, constant)
     for before, after in core.sequences():
@@ -110,14 +118,15 @@ def core_optimum(
         mip_abs_gap=max(gap * scale, _TOLERANCE),
         mip_rel_gap=0.0,
         mip_allow_restart=False,
+        objective_bound=(cutoff - constant) * scale,
     )
     if highs.getModelStatus() == highspy.HighsModelStatus.kInfeasible:
-        return Found(None, math.inf)
+        return Found(None, cutoff)
     info = highs.getInfo()
     bound = info.mip_dual_bound if core.steps else info.objective_function_value
     feasible = highspy.SolutionStatus.kSolutionStatusFeasible
     found = core.chosen() if info.primal_solution_status == feasible else None
-    return Found(found, constant + bound / scale)
+    return Found(found, min(constant + bound / scale, cutoff))
 
 
 @final

@@ -1,10 +1,11 @@
 """The best choice of a programme under limits, with the proof of how good it is.
 
 A programme of a thousand groups is nearly decided by its linear relaxation. Its multipliers bound
-from below what any choice costs that takes a given candidate; choices of candidates that add
-little to the bound form a core, which PuLP and HiGHS solve. Choices with a candidate outside the
-core cost at least the bound plus the core's width, so a core that is wide enough proves the
-optimum; if it is not, the next one is wider and excludes the choices that are already compared.
+from below what any choice costs that takes a given candidate. Candidates that add little to the
+bound form a core, small enough for PuLP and HiGHS; a choice with a candidate outside costs at
+least the bound plus the core's width. A first core finds how much that must be, a second one
+proves it (fixing and the expanding core of Pisinger, "A minimal algorithm for the multiple-choice
+knapsack problem", 1995).
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ from octavo.passes.linear_model import (
     Floats,
     LinearModel,
     Mask,
-    Row,
     coupled_groups,
     linear_model,
     undominated,
 )
+from octavo.passes.pair_swaps import exchange
 from octavo.passes.programme import Programme, keeps
 
-# The first core holds candidates within so many times the gap, and at least this gap.
-_WIDTH, _SMALLEST_GAP = 2.0, 1e-4
+# The first core holds candidates within the gap, but no narrower one than this.
+_SMALLEST_GAP = 1e-4
 # A core without a choice grows by this factor; the first one, from a candidate per group.
 _GROWTH = 1.3
-# HiGHS proves no more than this.
-_EXACT = 1e-9
-# Of the gap that is asked for, so much is left to HiGHS.
-_SHARE = 0.8
+# The first core only has to tell how wide the next must be: so many times the gap will do.
+_LOOSE = 4.0
+# Of the gap, so much is left to HiGHS; it proves no more than the second number.
+_SHARE, _EXACT = 0.9, 1e-9
 
 
 @final
@@ -136,41 +137,54 @@ class _Search:
         weights = multipliers(model, end - time.perf_counter())
         floor, reduced = model.lagrangian(np.zeros(len(model.rows)) if weights is None else weights)
         best, value = self._nearest_bound(model, reduced)
-        compared, width, bound = np.zeros(len(reduced), dtype=bool), 0.0, math.inf
-        while not compared.all() and not self._proves(value, min(bound, floor + width)):
+        width, bound, slack = 0.0, floor, _LOOSE
+        while not self._proves(value, bound) and bound < math.inf:
             if time.perf_counter() > end:
                 break
             known = weights is not None
-            width = self._width(reduced, compared, value, floor) if known else math.inf
+            width = self._width(reduced, width, value, floor) if known else math.inf
+            # Nothing that is not better by more than the gap needs to be found.
+            cutoff = value * (1 - self.gap * _SHARE)
             core = reduced <= width
-            shell = model
-            if compared.any():
-                new = np.flatnonzero(core & ~compared)
-                shell = model.with_row(Row(new, -np.ones(len(new)), -1.0))
-            choice, proven = self._best_in(shell, core, reduced, floor, end)
-            bound, compared = min(bound, max(proven, floor)), core
+            choice, inside = self._best_in(model, core, reduced, floor, slack, cutoff, end)
+            bound = max(floor, min(inside, math.inf if core.all() else floor + width))
             if choice is not None:
                 total = self.programme.totals(choice)[self.objective]
                 best, value = (choice, total) if total < value else (best, value)
-        return best, bound if compared.all() else min(bound, floor + width)
+            slack = 1.0 if math.isfinite(value) else slack
+        return best, bound
 
-    def _width(self, reduced: Floats, compared: Mask, value: float, floor: float) -> float:
-        """What a candidate may add to the bound in the next core, which has a column more."""
-        if compared.any() and math.isfinite(value):
-            return max(value * (1 - self.gap) - floor, float(reduced[~compared].min()))
-        held = max(np.count_nonzero(compared), np.count_nonzero(reduced == 0))
+    def _width(self, reduced: Floats, width: float, value: float, floor: float) -> float:
+        """What a candidate may add to the bound in the next core."""
+        if width and math.isfinite(value):
+            return max(value * (1 - _SHARE * self.gap) - floor, width)
+        held = max(np.count_nonzero(reduced <= width), np.count_nonzero(reduced == 0))
         last = min(int(held * _GROWTH), reduced.size - 1)
         least = float(np.partition(reduced, last)[last])
-        return max(_WIDTH * max(self.gap, _SMALLEST_GAP) * floor, least)
+        return max(max(self.gap, _SMALLEST_GAP) * floor, least)
 
     def _best_in(
-        self, shell: LinearModel, core: Mask, reduced: Floats, floor: float, end: float
+        self,
+        shell: LinearModel,
+        core: Mask,
+        reduced: Floats,
+        floor: float,
+        slack: float,
+        cutoff: float,
+        end: float,
     ) -> tuple[dict[str, int] | None, float]:
         """The best choice of a shell that keeps the limits exactly, and the shell's bound."""
         order = reduced - shell.cost[: len(reduced)]
         while True:
-            left = end - time.perf_counter()
-            found = core_optimum(shell, core, order, floor, _SHARE * self.gap * floor, left)
+            found = core_optimum(
+                shell,
+                core,
+                order,
+                size=floor,
+                gap=slack * _SHARE * self.gap * floor,
+                cutoff=cutoff,
+                seconds=end - time.perf_counter(),
+            )
             if found.columns is None:
                 return None, found.bound
             choice = shell.choice(found.columns)
@@ -184,7 +198,7 @@ class _Search:
         """The choice that adds nothing to the bound and its value, if it keeps the limits."""
         starts = [*model.starts.tolist(), len(reduced)]
         columns = [a + int(reduced[a:b].argmin()) for a, b in itertools.pairwise(starts)]
-        choice = model.choice(np.array(columns, dtype=np.int64))
+        choice = model.choice(exchange(model, reduced, np.array(columns, dtype=np.int64)))
         totals = self.programme.totals(choice)
         if choice in self.excluded or not keeps(totals, self.limits):
             return None, math.inf
