@@ -3,6 +3,7 @@
 OctavoError
 ├── UsageError (exit 2)           a command, option, pipeline or calibration that cannot work
 │   ├── UnknownName               with near misses
+│   ├── NotDifferentiable         an operator that gradients cannot pass
 │   ├── BudgetInfeasible          with the nearest budgets that can be kept
 │   └── CalibrationError
 ├── GoalNotMet (exit 3)           the artifact is written, the goal is not reached
@@ -90,6 +91,18 @@ def _rounded_up(value: float) -> str:
         return str(round(value))
     digits = f"{value:.6g}"
     return digits if float(digits) >= value else f"{value * (1 + 1e-5):.6g}"
+
+
+@final
+class NotDifferentiable(UsageError):
+    """An operator that has no form with gradients, and what can do without them."""
+
+    def __init__(self, operator: str, node: str, where: str) -> None:
+        super().__init__(
+            f"{operator} of node '{node}' has no torch form, so the model has no gradients",
+            where=where,
+            hint="the estimators measured, layer-error and weight-error need none",
+        )
 
 
 @final
