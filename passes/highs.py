@@ -95,23 +95,14 @@ def core_optimum(
     """
     problem = pulp.LpProblem("core", pulp.LpMinimize)
     core = _Core(model, kept, order, problem)
-    everything = np.arange(len(model.cost))
-    cost, constant = core.terms(everything, model.cost)
+    cost, constant = core.terms(np.arange(len(model.cost)), model.cost)
     constant += model.constant
     scale = _SIZE / max(size, float(np.abs(cost).max(initial=0.0)) * 1e-6, 1e-300)
     problem += _sum(core.variables, cost * scale)
-    for row in model.rows:
-        coefficients, offset = core.terms(row.columns, row.coefficients)
-        limit = row.limit - offset + ROUNDING * abs(row.limit)
-        if coefficients.any():
-            factor = _scale(coefficients)
-            problem += _sum(core.variables, coefficients * factor) <= limit * factor
-        elif limit < 0:
-            return Found(None, cutoff)
+    if not core.add_rows(problem):
+        return Found(None, cutoff)
     if not core.variables:
         return Found(core.columns, constant)
-    for before, after in core.sequences():
-        problem += after - before <= 0
     highs = _run(
         problem,
         seconds,
@@ -138,6 +129,7 @@ class _Core:
     """
 
     def __init__(self, model: LinearModel, kept: Mask, order: Floats, problem: Any) -> None:
+        self._model = model
         columns = np.flatnonzero(kept)
         keys = (order[columns], model.integer[columns], model.group[columns])
         self.columns: Integers = columns[np.lexsort(keys)]
@@ -161,10 +153,19 @@ class _Core:
     def _rest(self) -> int:
         return len(self.variables) - len(self.steps)
 
-    def sequences(self) -> Iterable[tuple[Any, Any]]:
-        """Steps of one group that follow each other."""
+    def add_rows(self, problem: Any) -> bool:
+        """Adds the model's rows and the order of steps; False where a row cannot be kept."""
+        for row in self._model.rows:
+            coefficients, constant = self.terms(row.columns, row.coefficients)
+            limit = row.limit - constant + ROUNDING * abs(row.limit)
+            if coefficients.any():
+                factor = _scale(coefficients)
+                problem += _sum(self.variables, coefficients * factor) <= limit * factor
+            elif limit < 0:
+                return False
         for k in np.flatnonzero(np.diff(self.later) == 1).tolist():
-            yield self.steps[k], self.steps[k + 1]
+            problem += self.steps[k + 1] - self.steps[k] <= 0
+        return True
 
     def chosen(self) -> Integers:
         """The columns that the solved steps stand for, one per group."""

@@ -56,9 +56,10 @@ def _best_pair(
     value = saved[:, None] + saved
     feasible = excess <= 0.0
     goal = np.where(feasible, value, np.inf) if feasible.any() else excess
-    first, second = np.unravel_index(int(goal.argmin()), goal.shape)
+    first, second = divmod(int(goal.argmin()), len(saved))
+    picked = [k for k in (first, second) if k < len(moves)]
     kept = slack.min(initial=0.0) >= 0.0
-    if (kept and not goal[first, second] < 0.0) or (first, second) == (len(moves), len(moves)):
+    if not picked or (kept and not goal[first, second] < 0.0):
         return None
-    picked = [k for k in (int(first), int(second)) if k < len(moves)]
-    return moves[picked]
+    best: Integers = moves[picked]
+    return best
