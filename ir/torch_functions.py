@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir
 
@@ -24,6 +24,10 @@ def function_of(node: onnx_ir.Node, model: onnx_ir.Model) -> onnx_ir.Function | 
     body = _body(node, schema)
     if body is None:
         return None
+    made = {name for inner in body.node for name in inner.output} | set(body.input)
+    # ONNX leaves out what computes an output that the call does not name.
+    names = [name if name in made else body.output[0] for name in body.output]
+    body.output[:] = names
     function = onnx_ir.serde.deserialize_function(body)
     for name, attribute in schema.attributes.items():
         if attribute.default_value.name:
@@ -31,20 +35,20 @@ def function_of(node: onnx_ir.Node, model: onnx_ir.Model) -> onnx_ir.Function | 
     return function
 
 
-def _body(node: onnx_ir.Node, schema: onnx.defs.OpSchema) -> onnx.FunctionProto | None:
+def _body(node: onnx_ir.Node, schema: Any) -> onnx.FunctionProto | None:
     import onnx
 
     if schema.has_function:
-        return schema.function_body
+        copy = onnx.FunctionProto()
+        copy.CopyFrom(schema.function_body)
+        return copy
     if not schema.has_context_dependent_function:
         return None
-    types = []
-    for value in node.inputs:
-        proto = onnx.TypeProto()
-        if value is not None and value.type is not None:
-            onnx_ir.serde.serialize_type_into(proto, value.type)
-        types.append(proto.SerializeToString())
+    known = [onnx_ir.to_proto(v).type if v is not None else onnx.TypeProto() for v in node.inputs]
+    types = [proto.SerializeToString() for proto in known]
     content = schema.get_context_dependent_function(
         onnx_ir.to_proto(node).SerializeToString(), types
     )
-    return onnx.FunctionProto.FromString(content) if content else None
+    body = onnx.FunctionProto()
+    body.ParseFromString(content)
+    return body if content else None

@@ -24,7 +24,9 @@ def dft(
     n = x.shape[where] if length is None else int(length.reshape(-1).tolist()[0])
     if inverse and onesided:
         half = torch.view_as_complex(x.contiguous())
-        return torch.fft.irfft(half, n, dim=where).unsqueeze(-1)
+        n = 2 * (n - 1) if length is None else n
+        whole: Tensor = torch.fft.irfft(half, n, dim=where)
+        return whole.unsqueeze(-1)
     values = _complex(x)
     found = torch.fft.ifft(values, n, dim=where) if inverse else torch.fft.fft(values, n, dim=where)
     found = found.narrow(where, 0, n // 2 + 1) if onesided else found
@@ -51,9 +53,11 @@ def stft(
 def _complex(x: Tensor) -> Tensor:
     """Complex numbers from pairs, or from real numbers in a last axis of one."""
     if x.shape[-1] == 2:
-        return torch.view_as_complex(x.contiguous())
+        pairs: Tensor = torch.view_as_complex(x.contiguous())
+        return pairs
     real = x.squeeze(-1)
-    return torch.complex(real, torch.zeros_like(real))
+    found: Tensor = torch.complex(real, torch.zeros_like(real))
+    return found
 
 
 OPS: dict[str, Callable[..., Any]] = {"DFT": dft, "STFT": stft}

@@ -104,12 +104,22 @@ def batch_norm(
 ) -> tuple[Tensor, ...]:
     """BatchNormalization; in training mode also the running mean and (biased) variance."""
     if not training_mode:
-        return (functional.batch_norm(x, mean, var, scale, bias, False, 0.0, epsilon),)
+        return (_normalised(x, scale, bias, mean, var, epsilon),)
     axes = [axis for axis in range(x.dim()) if axis != 1]
     now, spread = x.mean(axes), x.var(axes, unbiased=False)
-    y = functional.batch_norm(x, now, spread, scale, bias, False, 0.0, epsilon)
+    y = _normalised(x, scale, bias, now, spread, epsilon)
     keep = 1 - momentum
     return y, mean * momentum + now * keep, var * momentum + spread * keep
+
+
+def _normalised(
+    x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, var: Tensor, epsilon: float
+) -> Tensor:
+    """(x - mean) / deviation · scale + bias; torch's own has no gradient for the statistics."""
+    shape = [-1 if axis == 1 else 1 for axis in range(x.dim())]
+    factor = scale * torch.rsqrt(var + epsilon)
+    moved = bias - mean * factor
+    return torch.addcmul(moved.reshape(shape), x, factor.reshape(shape))
 
 
 def instance_norm(x: Tensor, scale: Tensor, bias: Tensor, *, epsilon: float = 1e-5) -> Tensor:

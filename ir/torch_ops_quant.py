@@ -19,6 +19,7 @@ _FLOAT8 = {
     torch.float8_e5m2: 57344.0,
     torch.float8_e5m2fnuz: 57344.0,
 }
+_HALF_STEP = 16.0
 _FLOAT4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _LARGEST_U8 = 255
 
@@ -159,9 +160,13 @@ def _highest(dtype: torch.dtype) -> int:
 
 def _to_float8(x: Tensor, to: torch.dtype, saturate: bool) -> Tensor:
     limit = _FLOAT8[to]
+    wide = x.float()
     if saturate:
-        return x.float().clamp(-limit, limit).to(to)
-    return x.float().to(to)
+        return wide.clamp(-limit, limit).to(to)
+    if to == torch.float8_e4m3fn:
+        # torch clips to the largest value here; ONNX wants NaN past half a step above it.
+        wide = torch.where(wide.abs() > limit + _HALF_STEP, torch.nan, wide)
+    return wide.to(to)
 
 
 def _to_float4(x: Tensor) -> Tensor:

@@ -116,7 +116,9 @@ def _places(n: int, size: int, scale: float, region: tuple[float, float], mode: 
     start, end = region
     match mode:
         case "align_corners":
-            return k * (n - 1) / (size - 1) if size > 1 else k * 0
+            # ONNX takes the resized length before it is rounded down.
+            last = scale * n - 1
+            return k * (n - 1) / last if last > 0 else k * 0
         case "asymmetric":
             return k / scale
         case "tf_crop_and_resize":

@@ -82,10 +82,10 @@ def split(
 ) -> tuple[Tensor, ...]:
     """Split into the given sizes, or into equal parts of which the last may be smaller."""
     if split is not None:
-        return x.split(integers(split), axis)
+        return torch.split_with_sizes(x, integers(split), axis)
     part = -(-x.shape[axis] // (num_outputs or outputs))
     sizes = [part] * ((num_outputs or outputs) - 1)
-    return x.split([*sizes, x.shape[axis] - sum(sizes)], axis)
+    return torch.split_with_sizes(x, [*sizes, x.shape[axis] - sum(sizes)], axis)
 
 
 def slices(
@@ -101,11 +101,8 @@ def slices(
     strides = [1] * len(first) if steps is None else integers(steps)
     for axis, low, high, step in zip(where, first, last, strides, strict=True):
         n = x.shape[axis]
-        if step < 0 and high < -n:
-            # Python has no name for the place before the first element but None.
-            chosen = range(n)[low::step]
-        else:
-            chosen = range(n)[low:high:step]
+        # Python's name for the place before the first element is None.
+        chosen = range(n)[low : None if step < 0 and high < -n else high : step]
         if step == 1:
             x = x.narrow(axis, chosen.start if len(chosen) else 0, len(chosen))
         else:
@@ -115,7 +112,11 @@ def slices(
 
 def expand(x: Tensor, shape: Tensor) -> Tensor:
     """Expand, either side broadcasting."""
-    return x.expand(torch.broadcast_shapes(x.shape, integers(shape)))
+    sizes = integers(shape)
+    missing = max(len(sizes) - x.dim(), 0)
+    whole = [1] * (x.dim() - len(sizes)) + sizes
+    own = [1] * missing + list(x.shape)
+    return x.expand([a if b == 1 else b for a, b in zip(own, whole, strict=True)])
 
 
 def tile(x: Tensor, repeats: Tensor) -> Tensor:
@@ -191,7 +192,7 @@ def arange(start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:
     """Range."""
     first, last, step = (n.reshape(-1).tolist()[0] for n in (start, limit, delta))
     count = max(math.ceil((last - first) / step), 0)
-    return (first + torch.arange(count) * step).to(start.dtype)
+    return torch.add(torch.arange(count) * step, first).to(start.dtype)
 
 
 def constant_of_shape(shape: Tensor, *, value: Tensor | None = None) -> Tensor:
@@ -224,7 +225,8 @@ def one_hot(indices: Tensor, depth: Tensor, values: Tensor, *, axis: int = -1) -
 
 def einsum(*xs: Tensor, equation: str) -> Tensor:
     """Einsum."""
-    return torch.einsum(equation, *xs)
+    product: Tensor = torch.einsum(equation, *xs)
+    return product
 
 
 def center_crop_pad(x: Tensor, shape: Tensor, *, axes: Sequence[int] | None = None) -> Tensor:

@@ -149,6 +149,34 @@ def max_unpool(
     return _spread(found, [0] * n, missing)
 
 
+def col2im(
+    x: Tensor,
+    image_shape: Tensor,
+    block_shape: Tensor,
+    *,
+    dilations: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    strides: Sequence[int] | None = None,
+) -> Tensor:
+    """Col2Im: the sum of overlapping blocks; x is [batch, channels · block, places]."""
+    image, block = image_shape.tolist(), block_shape.tolist()
+    n = len(image)
+    gaps, cut, steps = dilations or [1] * n, pads or [0] * (2 * n), strides or [1] * n
+    whole = [image[k] + cut[k] + cut[k + n] for k in range(n)]
+    index = torch.zeros((), dtype=torch.int64)
+    for k in range(n):
+        places = (whole[k] - (block[k] - 1) * gaps[k] - 1) // steps[k] + 1
+        grid = torch.arange(block[k]).reshape(-1, 1) * gaps[k] + torch.arange(places) * steps[k]
+        # Axes of the index: the block's axes, then those of the places.
+        shape = [1] * (2 * n)
+        shape[k], shape[n + k] = block[k], places
+        index = index * whole[k] + grid.reshape(shape)
+    flat = x.reshape(x.shape[0], -1, index.numel())
+    summed = flat.new_zeros(*flat.shape[:2], torch.Size(whole).numel())
+    summed = summed.index_add(2, index.reshape(-1), flat).reshape(*flat.shape[:2], *whole)
+    return _spread(summed, [-c for c in cut[:n]], [-c for c in cut[n:]])
+
+
 def _rounded_up(
     x: Tensor,
     kernel: Sequence[int],
@@ -194,7 +222,8 @@ def _whole_indices(
     x: Tensor, padded: Tensor, places: Tensor, low: list[int], storage_order: int
 ) -> Tensor:
     """Indices in a padded plane as indices in the whole unpadded tensor."""
-    sizes, rest, coordinates = list(padded.shape[2:]), places, []
+    sizes, rest = list(padded.shape[2:]), places
+    coordinates: list[Tensor] = []
     for size in reversed(sizes):
         coordinates.insert(0, rest % size)
         rest = rest // size
@@ -209,6 +238,7 @@ def _whole_indices(
 
 OPS: dict[str, Callable[..., Any]] = {
     "AveragePool": average_pool,
+    "Col2Im": col2im,
     "GlobalAveragePool": global_average_pool,
     "GlobalLpPool": global_lp_pool,
     "GlobalMaxPool": global_max_pool,

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from onnx_ir import TensorProtocol
 
-DTYPES = {
+# torch names these types without declaring them.
+INT4, UINT4, INT2, UINT2 = (getattr(torch, name) for name in ("int4", "uint4", "int2", "uint2"))
+DTYPES: dict[DataType, torch.dtype] = {
     DataType.FLOAT: torch.float32,
     DataType.DOUBLE: torch.float64,
     DataType.FLOAT16: torch.float16,
@@ -40,17 +42,17 @@ DTYPES = {
     DataType.UINT32: torch.uint32,
     DataType.UINT64: torch.uint64,
     DataType.BOOL: torch.bool,
-    DataType.INT4: torch.int4,
-    DataType.UINT4: torch.uint4,
-    DataType.INT2: torch.int2,
-    DataType.UINT2: torch.uint2,
+    DataType.INT4: INT4,
+    DataType.UINT4: UINT4,
+    DataType.INT2: INT2,
+    DataType.UINT2: UINT2,
 }
 # What holds a type that torch cannot compute with: the container, lowest and highest value.
-HELD_IN = {
-    torch.int4: (torch.int8, -8, 7),
-    torch.uint4: (torch.uint8, 0, 15),
-    torch.int2: (torch.int8, -2, 1),
-    torch.uint2: (torch.uint8, 0, 3),
+HELD_IN: dict[torch.dtype, tuple[torch.dtype, int, int]] = {
+    INT4: (torch.int8, -8, 7),
+    UINT4: (torch.uint8, 0, 15),
+    INT2: (torch.int8, -2, 1),
+    UINT2: (torch.uint8, 0, 3),
     torch.float4_e2m1fn_x2: (torch.float32, -6, 6),
 }
 # numpy has no such type of its own, so the bits travel as unsigned integers.
