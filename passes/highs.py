@@ -1,6 +1,6 @@
 """Linear models through PuLP and HiGHS: the multipliers of a relaxation, the optimum of a core.
 
-Runs on one thread with a fixed seed, so that the same model gets the same answer.
+Searches with one thread and a fixed seed, so that the same model gets the same answer.
 """
 
 from __future__ import annotations
@@ -23,6 +23,19 @@ SOLVER = f"HiGHS {version('highspy')} through PuLP {version('pulp')}"
 # tolerances of 1e-9 are far below one unit of any number that can be told from another.
 _SIZE = 2.0**10
 _TOLERANCE = 1e-9
+# Nothing is unbounded here: columns lie in [0, 1], or below the memory of all values.
+_INFEASIBLE = (
+    highspy.HighsModelStatus.kInfeasible,
+    highspy.HighsModelStatus.kUnboundedOrInfeasible,
+)
+_ENDS = (
+    *_INFEASIBLE,
+    highspy.HighsModelStatus.kOptimal,
+    highspy.HighsModelStatus.kTimeLimit,
+    highspy.HighsModelStatus.kObjectiveBound,
+    # A relaxation that is not solved to the end still has multipliers, and any multipliers bound.
+    highspy.HighsModelStatus.kUnknown,
+)
 
 
 @final
@@ -72,7 +85,7 @@ def multipliers(model: LinearModel, seconds: float) -> Floats | None:
         rows.append(_sum(read, row.coefficients * factor) <= row.limit * factor)
         problem += rows[-1]
     highs = _run(problem, seconds, mip=False, solver="ipm")
-    if highs.getModelStatus() == highspy.HighsModelStatus.kInfeasible:
+    if highs.getModelStatus() in _INFEASIBLE:
         return None
     duals = [-(row.pi or 0.0) * f / scale for row, f in zip(rows, scales, strict=True)]
     return np.maximum(np.array(duals, dtype=np.float64), 0.0, dtype=np.float64)
@@ -108,10 +121,11 @@ def core_optimum(
         seconds,
         mip_abs_gap=max(gap * scale, _TOLERANCE),
         mip_rel_gap=0.0,
-        mip_allow_restart=False,
+        # Without borders the relaxation is nearly exact; starting over saves nothing.
+        mip_allow_restart=bool(len(model.upper)),
         objective_bound=(cutoff - constant) * scale,
     )
-    if highs.getModelStatus() == highspy.HighsModelStatus.kInfeasible:
+    if highs.getModelStatus() in _INFEASIBLE:
         return Found(None, cutoff)
     info = highs.getInfo()
     bound = info.mip_dual_bound if core.steps else info.objective_function_value
@@ -124,14 +138,13 @@ def core_optimum(
 class _Core:
     """Kept columns as steps: a step of a group says "a candidate after this one".
 
-    Branching on a step halves the candidates, where a column per candidate excludes one at a
-    time. Integer candidates come last, so that one step tells the sides of a border.
+    Branching on a step halves the candidates, where a column per candidate excludes one at a time.
     """
 
     def __init__(self, model: LinearModel, kept: Mask, order: Floats, problem: Any) -> None:
         self._model = model
         columns = np.flatnonzero(kept)
-        keys = (order[columns], model.integer[columns], model.group[columns])
+        keys = (order[columns], model.group[columns])
         self.columns: Integers = columns[np.lexsort(keys)]
         self.group = model.group[self.columns]
         self.first = np.searchsorted(self.group, np.arange(len(model.names)))
@@ -187,9 +200,12 @@ def _scale(values: Floats) -> float:
 
 
 def _run(problem: Any, seconds: float, mip: bool = True, **options: Any) -> Any:
-    options |= {"threads": 1, "random_seed": 0, "primal_feasibility_tolerance": _TOLERANCE}
+    # Not "threads": HiGHS refuses to run with another number than the process has used before.
+    options |= {"parallel": "off", "random_seed": 0, "primal_feasibility_tolerance": _TOLERANCE}
     options |= {"mip_feasibility_tolerance": _TOLERANCE}
     if math.isfinite(seconds):
         options["time_limit"] = max(seconds, 0.0)
     problem.solve(_Highs(mip=mip, msg=False, **options))
+    if (status := problem.solverModel.getModelStatus()) not in _ENDS:
+        raise RuntimeError(f"HiGHS ended with {status.name}")
     return problem.solverModel

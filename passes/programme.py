@@ -115,12 +115,6 @@ class Programme:
             totals["memory"] = max(0.0, *rows)
         return totals
 
-    def known(self, name: str) -> str:
-        """The name, if it is "damage" or a resource; UnknownName otherwise."""
-        if name not in self.resources:
-            raise UnknownName("resource", name, self.resources)
-        return name
-
 
 def keeps(totals: Mapping[str, float], limits: Mapping[str, float]) -> bool:
     """Whether no total exceeds its limit: whole numbers exactly, others to 1e-12 of the limit."""

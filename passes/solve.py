@@ -19,7 +19,7 @@ from typing import Literal, final
 
 import numpy as np
 
-from octavo.ir.errors import BudgetInfeasible, UsageError
+from octavo.ir.errors import BudgetInfeasible, UnknownName, UsageError
 from octavo.passes.highs import SOLVER, core_optimum, multipliers
 from octavo.passes.linear_model import (
     Floats,
@@ -40,6 +40,11 @@ _GROWTH = 1.3
 _LOOSE = 4.0
 # Of the gap, so much is left to HiGHS; it proves no more than the second number.
 _SHARE, _EXACT = 0.9, 1e-9
+
+
+@final
+class OutOfTime(UsageError):
+    """The time limit ended before any choice was found."""
 
 
 @final
@@ -75,20 +80,15 @@ def solve(
     *,
     gap: float = 1e-4,
     time_limit_seconds: float = math.inf,
-    excluded: Sequence[Mapping[str, int]] = (),
 ) -> Answer:
     """The choice with the least total of `objective` ("damage" or a resource) under upper limits.
 
-    It is proven to be within `gap` (relative; 0 stands for 1e-9) of the best that is not excluded.
-    BudgetInfeasible where no choice keeps the limits; UsageError where time ends before one is
-    found, or a limit is no number; UnknownName for what is no resource.
+    It is proven to be within `gap` (relative; 0 stands for 1e-9) of the best. BudgetInfeasible
+    where no choice keeps the limits; OutOfTime where none is found; UsageError for a limit that is
+    no number; UnknownName for what is no resource.
     """
-    limits = dict(limits or {})
-    for name, limit in limits.items():
-        if programme.known(name) and not limit >= 0:
-            raise UsageError(f"a limit must be a number >= 0, not {limit}", where=name)
-    search = _Search(programme, programme.known(objective), limits, gap, excluded)
-    answer = search.answer(time_limit_seconds)
+    limits = limits or {}
+    answer = Search(programme, objective, limits, gap).answer(time_limit_seconds)
     if answer is None:
         raise _infeasible(programme, limits, time_limit_seconds)
     return answer
@@ -96,15 +96,25 @@ def solve(
 
 @final
 @dataclass(frozen=True)
-class _Search:
+class Search:
+    """What is minimised under which limits, to which relative gap, without which choices."""
+
     programme: Programme
     objective: str
     limits: Mapping[str, float]
     gap: float = 1e-4
     excluded: Sequence[Mapping[str, int]] = ()
 
+    def __post_init__(self) -> None:
+        for name in (self.objective, *self.limits):
+            if name not in self.programme.resources:
+                raise UnknownName("resource", name, self.programme.resources)
+        for name, limit in self.limits.items():
+            if not limit >= 0:
+                raise UsageError(f"a limit must be a number >= 0, not {limit}", where=name)
+
     def answer(self, seconds: float) -> Answer | None:
-        """The best choice; None if there is none."""
+        """The best choice; None if there is none. OutOfTime where neither is known in time."""
         start = time.perf_counter()
         limits = {name: limit for name, limit in self.limits.items() if math.isfinite(limit)}
         used = (self.objective, *limits)
@@ -116,7 +126,7 @@ class _Search:
             model = model.without(choice)
         best, bound = self._widen(model, start + seconds)
         if best is None and bound < math.inf:
-            raise UsageError(f"no choice was found in {seconds:g} s", hint="allow more time")
+            raise OutOfTime(f"no choice was found in {seconds:g} s", hint="allow more time")
         if best is None:
             return None
         totals = self.programme.totals(best)
@@ -215,11 +225,11 @@ def _infeasible(
     conflict = dict(limits)
     for name in limits:
         rest = {other: limit for other, limit in conflict.items() if other != name}
-        if _Search(programme, "damage", rest, gap=1.0).answer(seconds) is None:
+        if Search(programme, "damage", rest, gap=1.0).answer(seconds) is None:
             conflict = rest
 
     def least(name: str, kept: Mapping[str, float]) -> float | None:
-        answer = _Search(programme, name, kept).answer(seconds)
+        answer = Search(programme, name, kept).answer(seconds)
         return answer.value if answer else None
 
     others = {n: {o: v for o, v in limits.items() if o != n} for n in conflict}
