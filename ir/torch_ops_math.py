@@ -30,12 +30,14 @@ def divide(a: Tensor, b: Tensor) -> Tensor:
 
 
 def power(x: Tensor, exponent: Tensor) -> Tensor:
-    """Pow, in the type of the base; a single exponent counts as a constant.
+    """Pow, in the type of the base; a single whole exponent counts as a constant.
 
     Its gradient has the logarithm of the base, which is NaN for the squares that models compute.
     """
-    power = exponent.item() if exponent.numel() == 1 and exponent.dim() <= x.dim() else exponent
-    return torch.pow(x, power).to(x.dtype)
+    single = exponent.numel() == 1 and exponent.dim() <= x.dim()
+    if single and float(exponent.detach()) % 1 == 0:
+        return torch.pow(x, exponent.item()).to(x.dtype)
+    return torch.pow(x, exponent).to(x.dtype)
 
 
 def modulo(a: Tensor, b: Tensor, *, fmod: int = 0) -> Tensor:

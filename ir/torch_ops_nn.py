@@ -306,14 +306,16 @@ def linear_attention(
 ) -> tuple[Tensor, ...]:
     """LinearAttention, one step after the other; [batch, steps, heads · size]."""
 
+    wide = torch.promote_types(query.dtype, torch.float32)
+
     def heads(x: Tensor, count: int) -> Tensor:
-        return x.reshape(*x.shape[:2], count, -1).transpose(1, 2).float()
+        return x.reshape(*x.shape[:2], count, -1).transpose(1, 2).to(wide)
 
     q, k, v = heads(query, q_num_heads), heads(key, kv_num_heads), heads(value, kv_num_heads)
     g = None if decay is None else torch.exp(heads(decay, kv_num_heads))
-    b = None if beta is None else beta.reshape(*beta.shape[:2], -1, 1).transpose(1, 2).float()
+    b = None if beta is None else beta.reshape(*beta.shape[:2], -1, 1).transpose(1, 2).to(wide)
     sizes = (q.shape[0], kv_num_heads, k.shape[-1], v.shape[-1])
-    state = q.new_zeros(sizes) if past is None else past.float()
+    state = q.new_zeros(sizes) if past is None else past.to(wide)
     rows = []
     for t in range(q.shape[2]):
         state = state if g is None or "gated" not in update_rule else state * g[:, :, t, :, None]

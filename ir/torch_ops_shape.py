@@ -141,8 +141,11 @@ def pad(
         for axis, low, high in zip(where, before, after, strict=True):
             last = 2 * (x.dim() - 1 - axis)
             widths[last : last + 2] = [low, high]
-        fill = value.reshape(-1).tolist()[0] if value is not None and value.numel() else 0
-        return functional.pad(x, widths, value=fill)
+        padded = functional.pad(x, widths)
+        if value is None or not value.numel():
+            return padded
+        inside = functional.pad(torch.ones(x.shape, dtype=torch.bool), widths)
+        return torch.where(inside, padded, value.reshape(()))
     for axis, low, high in zip(where, before, after, strict=True):
         n = x.shape[axis]
         index = torch.arange(-low, n + high)
@@ -192,7 +195,8 @@ def arange(start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:
     """Range."""
     first, last, step = (n.reshape(-1).tolist()[0] for n in (start, limit, delta))
     count = max(math.ceil((last - first) / step), 0)
-    return torch.add(torch.arange(count) * step, first).to(start.dtype)
+    steps = torch.arange(count) * delta.reshape(())
+    return (start.reshape(()) + steps).to(start.dtype)
 
 
 def constant_of_shape(shape: Tensor, *, value: Tensor | None = None) -> Tensor:
