@@ -36,8 +36,8 @@ from octavo.passes.programme import Programme, keeps
 _SMALLEST_GAP = 1e-4
 # A core without a choice grows by this factor; the first one, from a candidate per group.
 _GROWTH = 1.3
-# The first core only has to tell how wide the next must be: so many times the gap will do.
-_LOOSE = 4.0
+# A choice far above the bound asks for a wide core; one this much wider may find a better one.
+_STRIDE = 8.0
 # Of the gap, so much is left to HiGHS; it proves no more than the second number.
 _SHARE, _EXACT = 0.9, 1e-9
 
@@ -147,7 +147,7 @@ class Search:
         weights = multipliers(model, end - time.perf_counter())
         floor, reduced = model.lagrangian(np.zeros(len(model.rows)) if weights is None else weights)
         best, value = self._nearest_bound(model, reduced)
-        width, bound, slack = 0.0, floor, _LOOSE
+        width, bound = 0.0, floor
         while not self._proves(value, bound) and bound < math.inf:
             if time.perf_counter() > end:
                 break
@@ -156,18 +156,18 @@ class Search:
             # Nothing that is not better by more than the gap needs to be found.
             cutoff = value * (1 - self.gap * _SHARE)
             core = reduced <= width
-            choice, inside = self._best_in(model, core, reduced, floor, slack, cutoff, end)
+            choice, inside = self._best_in(model, core, reduced, floor, cutoff, end)
             bound = max(floor, min(inside, math.inf if core.all() else floor + width))
             if choice is not None:
                 total = self.programme.totals(choice)[self.objective]
                 best, value = (choice, total) if total < value else (best, value)
-            slack = 1.0 if math.isfinite(value) else slack
         return best, bound
 
     def _width(self, reduced: Floats, width: float, value: float, floor: float) -> float:
         """What a candidate may add to the bound in the next core."""
         if width and math.isfinite(value):
-            return max(value * (1 - _SHARE * self.gap) - floor, width)
+            needed = value * (1 - _SHARE * self.gap) - floor
+            return max(min(needed, _STRIDE * width), width)
         held = max(np.count_nonzero(reduced <= width), np.count_nonzero(reduced == 0))
         last = min(int(held * _GROWTH), reduced.size - 1)
         least = float(np.partition(reduced, last)[last])
@@ -179,7 +179,6 @@ class Search:
         core: Mask,
         reduced: Floats,
         floor: float,
-        slack: float,
         cutoff: float,
         end: float,
     ) -> tuple[dict[str, int] | None, float]:
@@ -191,7 +190,7 @@ class Search:
                 core,
                 order,
                 size=floor,
-                gap=slack * _SHARE * self.gap * floor,
+                gap=_SHARE * self.gap * floor,
                 cutoff=cutoff,
                 seconds=end - time.perf_counter(),
             )
