@@ -71,7 +71,8 @@ class TorchGraph:
 
     `parameters` are the float initializers by name. They share memory with the model's arrays
     unless those lie in a file, so never write to them: give `run` overrides. `attributes` names
-    the module's attribute of every initializer, integer buffers included.
+    the module's attribute of every initializer, integer buffers included. `batched` says that
+    the first axis of every input may have any size.
     """
 
     module: torch.fx.GraphModule
@@ -79,7 +80,8 @@ class TorchGraph:
     outputs: tuple[str, ...]
     parameters: Mapping[str, torch.nn.Parameter]
     attributes: Mapping[str, str]
-    double: bool = False
+    batched: bool
+    double: bool
 
     def run(
         self, feed: Mapping[str, Tensor], overrides: Mapping[str, Tensor] | None = None
@@ -153,6 +155,7 @@ class _Lowering:
             tuple(outputs),
             MappingProxyType(self.parameters),
             MappingProxyType(self.attributes),
+            all(_any_size(value) for value in inputs),
             self.double,
         )
 
@@ -284,6 +287,10 @@ def _needed(graph: onnx_ir.Graph, wanted: Sequence[onnx_ir.Value]) -> list[onnx_
         found.add(node)
         waiting.extend(value.producer() for value in node.inputs if value is not None)
     return [node for node in graph if node in found]
+
+
+def _any_size(value: onnx_ir.Value) -> bool:
+    return value.shape is not None and len(value.shape) > 0 and not isinstance(value.shape[0], int)
 
 
 def _named_outputs(node: onnx_ir.Node) -> int:
