@@ -223,6 +223,10 @@ class OrtEvaluator:
         """The graph outputs of one feed, by output name."""
         return self._session(model, ()).run(feed)
 
+    def load(self, model: Model) -> Callable[[Feed], dict[str, NDArray[np.generic]]]:
+        """A model that is run by calling it, on one thread; it lives as long as the caller."""
+        return model_session(model, 1, self.optimization).run
+
     def _session(self, model: Model, values: tuple[str, ...]) -> Session:
         key = (model.fingerprint, values)
         if key not in self._sessions:

@@ -51,7 +51,7 @@ def _fed(graph: onnx_ir.Graph, value: onnx_ir.Value) -> onnx_ir.Value:
     """A graph input that stands for a value; whoever read the value reads the input."""
     if value.is_graph_input():
         return value
-    name = value.name
+    name = value.name or ""
     fed = onnx_ir.Value(name=name, shape=value.shape, type=value.type)
     value.replace_all_uses_with(fed, replace_graph_outputs=True)
     if name in graph.initializers:

@@ -61,7 +61,10 @@ class Recorder:
 @final
 @dataclass(frozen=True)
 class PassContext:
-    """The services of one run. Explicit, never ambient; only `recorder` and `progress` act."""
+    """The services of one run. Explicit, never ambient; only `recorder` and `progress` act.
+
+    `stand_in` are feeds of random numbers, for what needs inputs where there is no `calibration`.
+    """
 
     target: Target
     cost: CostModel
@@ -69,6 +72,7 @@ class PassContext:
     executor: Executor
     workdir: Path
     calibration: Batches | None = None
+    stand_in: Batches | None = None
     cache: Cache | None = None
     seed: int = 0
     statistics: tuple[Statistic, ...] = ()

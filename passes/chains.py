@@ -11,6 +11,7 @@ from octavo.passes.rewrite import only_reader, scalar
 if TYPE_CHECKING:
     import onnx_ir
 
+    from octavo.ir.facts import Ranges
     from octavo.ir.model import Model
     from octavo.ir.target import KernelRow, Target
 
@@ -56,6 +57,19 @@ def find_chains(model: Model, target: Target) -> Mapping[str, Chain]:
         absorbed.update(member.name or "" for member in chain.members[1:])
         chains[name] = chain
     return {name: chain for name, chain in chains.items() if name not in absorbed}
+
+
+def static_values(model: Model, target: Target) -> list[str]:
+    """Names of the activations that a static kernel of the target could read or write."""
+    chains = find_chains(model, target)
+    values = (v for c in chains.values() for v in (*c.operands, *c.outputs))
+    return list(dict.fromkeys(v.name or "" for v in values if v.const_value is None))
+
+
+def calibrated(chain: Chain, ranges: Ranges) -> bool:
+    """Whether every activation that the chain's kernel reads or writes has a range."""
+    values = (*chain.operands, *chain.outputs)
+    return all(v.const_value is not None or v.name in ranges.by_value for v in values)
 
 
 def bias_add(node: onnx_ir.Node) -> onnx_ir.Node | None:

@@ -10,7 +10,7 @@ from octavo.ir.constants import constant_behind
 from octavo.ir.facts import FLOAT, Choice, Fact, Option, Plan, QuantizedInput, Ranges
 from octavo.ir.quant import PerAxis, PerBlock, PerTensor, QuantSpec
 from octavo.passes.base import Pass, Statistic
-from octavo.passes.chains import bias_add, find_chains
+from octavo.passes.chains import bias_add, calibrated, find_chains, static_values
 from octavo.passes.partition import Edge, Item, integer_side
 from octavo.passes.patterns import select
 from octavo.passes.stored_once import without_float_copies
@@ -63,10 +63,7 @@ class ChooseKernels(Pass):
         """Ranges of every value a static kernel of the target could read or write."""
         if not self.static:
             return ()
-        chains = find_chains(model, ctx.target)
-        values = (v for c in chains.values() for v in (*c.operands, *c.outputs))
-        wanted = dict.fromkeys(v.name or "" for v in values if v.const_value is None)
-        return tuple(Statistic("range", name) for name in wanted)
+        return tuple(Statistic("range", name) for name in static_values(model, ctx.target))
 
     def run(self, model: Model, ctx: PassContext) -> Model:
         kept = select(model, self.keep_float)
@@ -106,7 +103,7 @@ class ChooseKernels(Pass):
             name: chain
             for name, chain in chains.items()
             if not any(m.name in kept for m in chain.members)
-            and _calibrated(chain, ranges)
+            and calibrated(chain, ranges)
             and quantized.isdisjoint(v.name for v in (*chain.operands, *chain.outputs))
         }
 
@@ -215,11 +212,6 @@ def _weight_spec(row: KernelRow, node: onnx_ir.Node) -> QuantSpec:
     if rank < 2:
         return QuantSpec("s8", PerTensor(), symmetric=True)
     return QuantSpec("s8", PerAxis(row.weight_axis % rank), symmetric=True)
-
-
-def _calibrated(chain: Chain, ranges: Ranges) -> bool:
-    values = (*chain.operands, *chain.outputs)
-    return all(v.const_value is not None or v.name in ranges.by_value for v in values)
 
 
 def _fills_blocks(node: onnx_ir.Node, size: int) -> bool:

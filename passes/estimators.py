@@ -1,0 +1,28 @@
+"""Estimators of damage by name, all behind one call; those that need gradients load torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from octavo.ir.errors import UnknownName
+from octavo.passes.measure_damage import measure_damage
+
+if TYPE_CHECKING:
+    from octavo.ir.calibration import Batches
+    from octavo.ir.menu import Sensitivity
+    from octavo.ir.model import Model
+    from octavo.passes.base import PassContext
+    from octavo.passes.output_damage import Metric
+
+# (model with a Menu, services, data, samples to use, how outputs are compared)
+Estimator = Callable[["Model", "PassContext", "Batches", int, "Metric"], "Sensitivity"]
+
+ESTIMATORS: Mapping[str, Estimator] = {"measured": measure_damage}
+
+
+def estimator(name: str) -> Estimator:
+    """The estimator of a name; UnknownName with near misses."""
+    if name not in ESTIMATORS:
+        raise UnknownName("estimator", name, ESTIMATORS)
+    return ESTIMATORS[name]

@@ -1,0 +1,220 @@
+"""Offer every way to compress each group of nodes that the target executes, with what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, final
+
+from octavo.ir.facts import FLOAT, Fact, Option, QuantizedInput, Ranges
+from octavo.ir.menu import Group, Menu, Offer
+from octavo.ir.option_bytes import weight_bytes
+from octavo.ir.quant import PerAxis, PerBlock, PerTensor, QuantSpec
+from octavo.passes.base import Pass, Statistic
+from octavo.passes.chains import calibrated, find_chains, static_values
+from octavo.passes.groups import find_groups
+from octavo.passes.patterns import select
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+    from octavo.ir.facts import Method
+    from octavo.ir.model import Model
+    from octavo.ir.quant import QuantType
+    from octavo.ir.target import KernelRow, Tie
+    from octavo.passes.base import PassContext
+    from octavo.passes.chains import Chain
+
+_RECURRENT = ("LSTM", "GRU", "RNN")
+_KERNEL_BITS = (8, 4, 2)
+_FLOAT_BITS = 32
+_CODE_BITS = 8
+
+
+@final
+@dataclass(frozen=True)
+class OfferOptions(Pass):
+    """List the options of every decision group, with exact bytes, seconds and bit operations.
+
+    **What it does.** Finds the groups of nodes that must agree, and offers each: float; integer
+    kernels with calibrated or run-time activations; kernels that read low-bit weights; low-bit
+    storage that unpacks when the model loads, for integer or float compute. Nodes without
+    weights that an integer kernel exists for are offered that kernel.
+    **Why.** `allocate` chooses among offers and knows nothing of kernels.
+    **When it does not apply.** An option without a row in the target's table, without calibrated
+    ranges (static), or on a node that `keep_float` names is not offered.
+    **Cost and accuracy.** Changes nothing by itself.
+    """
+
+    name = "offer-options"
+    produces = (Menu,)
+    preserves = (Fact,)
+
+    bits: tuple[int, ...] = (8, 6, 5, 4, 3, 2)
+    blocks: tuple[int, ...] = (32, 128)
+    static: bool = True
+    dynamic: bool = True
+    weight_only: bool = True
+    storage: bool = True
+    recurrent: bool = True
+    keep_float: tuple[str, ...] = ()
+    ties: tuple[Tie, ...] = ()
+
+    def statistics(self, model: Model, ctx: PassContext) -> tuple[Statistic, ...]:
+        """Ranges of every value a static kernel of the target could read or write."""
+        if not self.static:
+            return ()
+        return tuple(Statistic("range", name) for name in static_values(model, ctx.target))
+
+    def run(self, model: Model, ctx: PassContext) -> Model:
+        kept = select(model, self.keep_float)
+        chains = self._chains(model, ctx, kept)
+        weighted = find_groups(model, ctx.target, self.ties)
+        of_node = {node: group.name for group in weighted.values() for node in group.nodes}
+        absorbed = {m.name for c in chains.values() for m in c.members[1:]}
+        nodes = {node.name or "": node for node in model.graph}
+        groups: dict[str, Group] = {}
+        for name, node in nodes.items():
+            if name in weighted and not any(n in kept for n in weighted[name].nodes):
+                groups[name] = weighted[name]
+            elif name in chains and name not in of_node and name not in absorbed:
+                groups[name] = Group(name, (name,), role=node.op_type)
+        maker = _Maker(self, ctx, nodes, chains)
+        offers = {name: tuple(maker.offers(group)) for name, group in groups.items()}
+        chosen = {name: found for name, found in offers.items() if len(found) > 1}
+        for name in kept:
+            ctx.remark("note", name, f"kept float by '{kept[name]}'")
+        ctx.count("groups", len(chosen))
+        ctx.count("offers", sum(map(len, chosen.values())))
+        kept_groups = {name: groups[name] for name in chosen}
+        return model.with_fact(Menu(kept_groups, chosen, 0, ctx.cost.source))
+
+    def _chains(
+        self, model: Model, ctx: PassContext, kept: Mapping[str, str]
+    ) -> Mapping[str, Chain]:
+        ranges, known = model.find(Ranges), model.find(QuantizedInput)
+        if not self.static or ranges is None:
+            if self.static:
+                ctx.remark("note", "", "no calibrated ranges: no static integer kernels")
+            return {}
+        quantized = set(known.by_value) if known is not None else set()
+        return {
+            name: chain
+            for name, chain in find_chains(model, ctx.target).items()
+            if not any(m.name in kept for m in chain.members)
+            and calibrated(chain, ranges)
+            and quantized.isdisjoint(v.name for v in (*chain.operands, *chain.outputs))
+        }
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Offers of one group after another."""
+
+    request: OfferOptions
+    ctx: PassContext
+    nodes: Mapping[str, onnx_ir.Node]
+    chains: Mapping[str, Chain]
+
+    def offers(self, group: Group) -> Iterator[Offer]:
+        """Float first, then what is smaller or faster in some way."""
+        seen: set[str] = set()
+        for options in self._choices(group):
+            offer = self._offer(options)
+            if offer is not None and offer.name not in seen:
+                seen.add(offer.name)
+                yield offer
+
+    def _choices(self, group: Group) -> Iterator[Mapping[str, Option]]:
+        yield dict.fromkeys(group.nodes, FLOAT)
+        for spec in self._specs():
+            yield from self._with_spec(group, spec)
+
+    def _specs(self) -> Iterator[tuple[Method, int, int]]:
+        """Method, bits, block size (0: one scale per channel)."""
+        request = self.request
+        allowed: Mapping[Method, bool] = {
+            "static": request.static,
+            "dynamic": request.dynamic,
+            "storage": request.storage,
+        }
+        for method in (name for name, wanted in allowed.items() if wanted):
+            yield from ((method, bits, 0) for bits in request.bits)
+        if request.weight_only:
+            kernel_bits = [bits for bits in request.bits if bits in _KERNEL_BITS]
+            yield from (("weight-only", b, size) for b in kernel_bits for size in request.blocks)
+
+    def _with_spec(
+        self, group: Group, spec: tuple[Method, int, int]
+    ) -> Iterator[Mapping[str, Option]]:
+        """The spec on every node of the group; nodes that lack the method store their weight."""
+        method, bits, size = spec
+        options = {}
+        for name in group.nodes:
+            option = self._option(self.nodes[name], method, bits, size)
+            options[name] = option or self._option(self.nodes[name], "storage", bits, 0)
+        if any(option is not None and option.method == method for option in options.values()):
+            found = {name: option for name, option in options.items() if option is not None}
+            if len(found) == len(options):
+                yield found
+
+    def _option(self, node: onnx_ir.Node, method: Method, bits: int, size: int) -> Option | None:
+        if method == "static" and node.name not in self.chains:
+            return None
+        if node.op_type in _RECURRENT and method == "dynamic" and not self.request.recurrent:
+            return None
+        row = self.ctx.target.support(node, method).row
+        if row is None:
+            return None
+        return Option(method, self._spec(row, node, bits, size) if row.weights else None)
+
+    def _spec(self, row: KernelRow, node: onnx_ir.Node, bits: int, size: int) -> QuantSpec:
+        dtype: QuantType = f"s{bits}"  # type: ignore[assignment]
+        weight = node.inputs[row.weights[0]]
+        rank = weight.shape.rank() if weight is not None and weight.shape is not None else 0
+        if node.op_type in _RECURRENT:
+            return QuantSpec(dtype, PerBlock(2, 0), symmetric=True)
+        if size:
+            axis = 1 - row.weight_axis % 2 if node.op_type == "Gemm" else 0
+            return QuantSpec(dtype, PerBlock(axis, size), symmetric=True)
+        if rank < 2:
+            return QuantSpec(dtype, PerTensor(), symmetric=True)
+        spec = QuantSpec(dtype, PerAxis(row.weight_axis % rank), symmetric=True)
+        least = self.ctx.target.weight_bits
+        computed = row.method in ("static", "dynamic")
+        return replace(spec, used_bits=least) if computed and least < bits else spec
+
+    def _offer(self, options: Mapping[str, Option]) -> Offer | None:
+        """The offer with its costs; `None` where the target has no kernel for it."""
+        seconds = bops = 0.0
+        size = 0
+        for name, option in options.items():
+            node = self.nodes[name]
+            own = self.ctx.cost.option_seconds(node, option)
+            if own is None:
+                return None
+            seconds += own
+            if option.method != "static" and name in self.chains:
+                seconds += _float_seconds(self.chains[name].members[1:], self.ctx)
+            bops += self.ctx.cost.macs(node) * _bit_operations(option)
+            size += self._bytes(node, option)
+        texts = dict.fromkeys(map(str, options.values()))
+        integer = all(option.method == "static" for option in options.values())
+        return Offer("+".join(texts), options, size, seconds, bops, integer)
+
+    def _bytes(self, node: onnx_ir.Node, option: Option) -> int:
+        row = self.ctx.target.support(node, "storage").row
+        return weight_bytes(node, row.weights, option) if row is not None else 0
+
+
+def _float_seconds(nodes: Sequence[onnx_ir.Node], ctx: PassContext) -> float:
+    return sum(ctx.cost.option_seconds(node, FLOAT) or 0.0 for node in nodes)
+
+
+def _bit_operations(option: Option) -> int:
+    """Weight bits times activation bits of the multiplications (HAWQ-V3, section 3.4)."""
+    if option.method in ("float", "storage") or option.weight is None:
+        both = option.method == "static"
+        return _CODE_BITS * _CODE_BITS if both else _FLOAT_BITS * _FLOAT_BITS
+    activations = _FLOAT_BITS if option.method == "weight-only" else _CODE_BITS
+    return option.weight.bits * activations

@@ -1,0 +1,167 @@
+"""What the offers of a group round, as few trials as possible, and the damage of each offer.
+
+Offers share trials: 4-bit codes do the same whether an integer kernel or a float one reads them.
+The damage of an offer is that of its weights plus that of run-time activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, final
+
+from octavo.ir.constants import constant_behind
+from octavo.ir.mapped import reading
+from octavo.ir.menu import Damage
+from octavo.ir.quant import PerBlock, round_weight
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir
+    from numpy.typing import NDArray
+
+    from octavo.ir.facts import Option, Range
+    from octavo.ir.menu import Offer
+    from octavo.ir.quant import QuantSpec
+    from octavo.ir.target import Target
+    from octavo.passes.activation_rounding import ActivationRounding
+
+    Array = NDArray[np.generic]
+    Values = dict[str, Array]
+
+
+def _nothing(fed: Mapping[str, Array] | None = None) -> Values:
+    return {}
+
+
+@final
+@dataclass(frozen=True)
+class Trial:
+    """One thing to change: weights by name, and activations given what the suffix is fed."""
+
+    weights: Callable[[], Values] = _nothing
+    activations: Callable[[Mapping[str, Array]], Values] = _nothing
+
+
+def static_trial(name: str, found: Range, activations: ActivationRounding) -> Trial:
+    """A value on the grid of its calibrated range."""
+    return Trial(activations=lambda fed: {name: activations.static(fed[name], found)})
+
+
+@final
+@dataclass(frozen=True)
+class OfferedRounding:
+    """A group's nodes with their offers, and how activations are rounded."""
+
+    nodes: Sequence[onnx_ir.Node]
+    offers: Sequence[Offer]
+    target: Target
+    activations: ActivationRounding
+    group: str
+
+    @cached_property
+    def operands(self) -> list[onnx_ir.Value]:
+        """The activations that the nodes read as operands, each once."""
+        read = (n.inputs[0] for n in self.nodes if _constant(n.inputs[0]) is None)
+        return list(dict.fromkeys(v for v in read if v is not None))
+
+    @property
+    def constants(self) -> Values:
+        """The weights of the nodes as they are, by the value that is read."""
+        return {
+            value.name or "": _array(value) for node in self.nodes for value in self._weights(node)
+        }
+
+    @cached_property
+    def trials(self) -> Mapping[str, Trial]:
+        """What has to be measured, by name."""
+        found: dict[str, Trial] = {}
+        for offer in self.offers:
+            if specs := _specs(offer):
+                found[self._weights_key(specs)] = Trial(weights=partial(self.rounded, offer))
+            if (key := self._activations_key(offer)) is not None:
+                found[key] = Trial(activations=self._rounder(offer))
+        return found
+
+    def damages(self, found: Mapping[str, Damage]) -> dict[str, Damage]:
+        """The damage of every offer, from that of the trials."""
+        return {offer.name: self._damage(offer, found) for offer in self.offers}
+
+    def rounded(self, offer: Offer) -> Values:
+        """The weights of the nodes as an offer rounds them, by the value that is read."""
+        specs = _specs(offer)
+        return {
+            value.name or "": _rounded(value, specs[node.name or ""])
+            for node in self.nodes
+            if (node.name or "") in specs
+            for value in self._weights(node)
+        }
+
+    def _damage(self, offer: Offer, found: Mapping[str, Damage]) -> Damage:
+        specs = _specs(offer)
+        keys = [self._weights_key(specs)] if specs else []
+        if (key := self._activations_key(offer)) is not None:
+            keys.append(key)
+        parts = [found.get(key, Damage(0.0)) for key in keys]
+        error = sum(part.standard_error**2 for part in parts) ** 0.5
+        return Damage(sum(part.mean for part in parts), error)
+
+    def _weights(self, node: onnx_ir.Node) -> list[onnx_ir.Value]:
+        row = self.target.support(node, "storage").row
+        values = [node.inputs[index] for index in row.weights] if row is not None else []
+        return [value for value in values if value is not None]
+
+    def _weights_key(self, specs: Mapping[str, QuantSpec]) -> str:
+        return f"weights {self.group} " + " ".join(map(str, specs.values()))
+
+    def _activations_key(self, offer: Offer) -> str | None:
+        """A name for how an offer rounds activations at run time, `None` where it does not."""
+        methods = {option.method for option in offer.options.values()}
+        if "dynamic" in methods:
+            return f"dynamic {self.group}"
+        if "weight-only" in methods:
+            return f"blocks {self.group} {_block_size(offer)}"
+        return None
+
+    def _rounder(self, offer: Offer) -> Callable[[Mapping[str, Array]], Values]:
+        names = [value.name or "" for value in self.operands]
+        if any(option.method == "dynamic" for option in offer.options.values()):
+            return lambda fed: {n: self.activations.dynamic(fed[n]) for n in names if n in fed}
+        size = _block_size(offer)
+        return lambda fed: {n: self.activations.blocks(fed[n], size) for n in names if n in fed}
+
+
+def _specs(offer: Offer) -> dict[str, QuantSpec]:
+    """The weight spec of every node that has one."""
+    options: Mapping[str, Option] = offer.options
+    return {name: o.weight for name, o in options.items() if o.weight is not None}
+
+
+def _block_size(offer: Offer) -> int:
+    specs = _specs(offer).values()
+    sizes = [s.granularity.size for s in specs if isinstance(s.granularity, PerBlock)]
+    return max(sizes, default=32)
+
+
+def _constant(value: onnx_ir.Value | None) -> object:
+    return value.const_value if value is not None else None
+
+
+def _turned(value: onnx_ir.Value) -> bool:
+    return value.const_value is None
+
+
+def _array(value: onnx_ir.Value) -> Array:
+    tensor = constant_behind(value)
+    assert tensor is not None
+    array: Array = tensor.numpy()
+    return array.T if _turned(value) else array
+
+
+def _rounded(value: onnx_ir.Value, spec: QuantSpec) -> Array:
+    tensor = constant_behind(value)
+    assert tensor is not None
+    if _turned(value):
+        return reading(tensor, lambda array: round_weight(array.T, spec))
+    return reading(tensor, lambda array: round_weight(array, spec))

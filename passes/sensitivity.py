@@ -1,0 +1,53 @@
+"""Find what every offer of every group does to the outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+from octavo.ir.errors import UsageError
+from octavo.ir.facts import Fact
+from octavo.ir.menu import Menu, Sensitivity
+from octavo.passes.base import Pass
+from octavo.passes.estimators import estimator
+from octavo.passes.output_damage import Metric
+
+if TYPE_CHECKING:
+    from octavo.ir.model import Model
+    from octavo.passes.base import PassContext
+
+
+@final
+@dataclass(frozen=True)
+class AnalyseSensitivity(Pass):
+    """Estimate the damage of every offer, with its standard error.
+
+    **What it does.** `measured` changes one group at a time and compares the outputs with the
+    source's, forward only. The other estimators are cheaper stand-ins: gradients (Fisher, Hessian
+    trace), the layer's own output, or the weights alone.
+    **Why.** Layers differ by orders of magnitude in what their rounding does to the outputs.
+    **When it does not apply.** No calibration data: random numbers are used, and a note says so.
+    **Cost and accuracy.** Changes nothing by itself. Every damage comes with its standard error
+    over samples; damages of several groups are assumed to add, which `refine` checks.
+    """
+
+    name = "sensitivity"
+    requires = (Menu,)
+    produces = (Sensitivity,)
+    preserves = (Fact,)
+
+    estimator: str = "measured"
+    samples: int = 64
+    metric: Metric = "auto"
+
+    def run(self, model: Model, ctx: PassContext) -> Model:
+        batches = ctx.calibration or ctx.stand_in
+        if batches is None:
+            message = "sensitivity needs inputs to run the model on"
+            raise UsageError(message, hint="give --calibration")
+        if ctx.calibration is None:
+            ctx.remark("note", "", "no calibration data: damage is estimated on random numbers")
+        found = estimator(self.estimator)(model, ctx, batches, self.samples, self.metric)
+        ctx.count("samples", found.samples)
+        ctx.remark("note", "", f"{found.estimator}: {found.metric}, {found.samples} samples")
+        return model.with_fact(found)
