@@ -142,3 +142,6 @@ class MeasuredCost:
 
     def macs(self, node: onnx_ir.Node) -> int:
         return self.analytic.macs(node)
+
+    def elements(self, value: onnx_ir.Value) -> int:
+        return self.analytic.elements(value)

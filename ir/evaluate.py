@@ -46,5 +46,8 @@ class CostModel(Protocol):
     def macs(self, node: onnx_ir.Node) -> int:
         """Multiply-accumulates of a node; 0 where nothing is multiplied by a weight."""
 
+    def elements(self, value: onnx_ir.Value) -> int:
+        """Elements of a value; a dimension that nothing tells counts as 1."""
+
     def boundary_seconds(self, value: onnx_ir.Value) -> float:
         """Seconds to move a value between float and integer compute (one Q or DQ)."""

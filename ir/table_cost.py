@@ -92,6 +92,9 @@ class TableCost:
     def macs(self, node: onnx_ir.Node) -> int:
         return self.analytic.macs(node)
 
+    def elements(self, value: onnx_ir.Value) -> int:
+        return self.analytic.elements(value)
+
 
 def _nearest(row: Mapping[str, float], key: str) -> float | None:
     """Seconds of the weight-only kernel that differs least: same width, nearest block size.

@@ -12,6 +12,7 @@ from octavo.ir.option_bytes import weight_bytes
 from octavo.ir.quant import PerAxis, PerBlock, PerTensor, QuantSpec
 from octavo.passes.base import Pass, Statistic
 from octavo.passes.chains import calibrated, find_chains, static_values
+from octavo.passes.fixed_bytes import fixed_bytes
 from octavo.passes.groups import find_groups
 from octavo.passes.patterns import select
 
@@ -75,19 +76,18 @@ class OfferOptions(Pass):
         nodes = {node.name or "": node for node in model.graph}
         groups: dict[str, Group] = {}
         for name, node in nodes.items():
-            if name in weighted and not any(n in kept for n in weighted[name].nodes):
-                groups[name] = weighted[name]
+            if name in weighted:
+                groups[name] = _kept(weighted[name], kept)
             elif name in chains and name not in of_node and name not in absorbed:
                 groups[name] = Group(name, (name,), role=node.op_type)
-        maker = _Maker(self, ctx, nodes, chains)
+        maker = _Maker(self, ctx, nodes, chains, kept)
         offers = {name: tuple(maker.offers(group)) for name, group in groups.items()}
-        chosen = {name: found for name, found in offers.items() if len(found) > 1}
-        for name in kept:
-            ctx.remark("note", name, f"kept float by '{kept[name]}'")
-        ctx.count("groups", len(chosen))
-        ctx.count("offers", sum(map(len, chosen.values())))
-        kept_groups = {name: groups[name] for name in chosen}
-        return model.with_fact(Menu(kept_groups, chosen, 0, ctx.cost.source))
+        offers = {n: found for n, found in offers.items() if n in weighted or len(found) > 1}
+        ctx.count("groups", len(offers))
+        ctx.count("offers", sum(map(len, offers.values())))
+        known = {name: groups[name] for name in offers}
+        fixed = fixed_bytes(model, (n for g in weighted.values() for n in g.nodes), ctx.target)
+        return model.with_fact(Menu(known, offers, fixed, ctx.cost.source))
 
     def _chains(
         self, model: Model, ctx: PassContext, kept: Mapping[str, str]
@@ -115,6 +115,7 @@ class _Maker:
     ctx: PassContext
     nodes: Mapping[str, onnx_ir.Node]
     chains: Mapping[str, Chain]
+    kept: Mapping[str, str]
 
     def offers(self, group: Group) -> Iterator[Offer]:
         """Float first, then what is smaller or faster in some way."""
@@ -127,6 +128,8 @@ class _Maker:
 
     def _choices(self, group: Group) -> Iterator[Mapping[str, Option]]:
         yield dict.fromkeys(group.nodes, FLOAT)
+        if any(name in self.kept for name in group.nodes):
+            return
         for spec in self._specs():
             yield from self._with_spec(group, spec)
 
@@ -205,6 +208,12 @@ class _Maker:
     def _bytes(self, node: onnx_ir.Node, option: Option) -> int:
         row = self.ctx.target.support(node, "storage").row
         return weight_bytes(node, row.weights, option) if row is not None else 0
+
+
+def _kept(group: Group, kept: Mapping[str, str]) -> Group:
+    """The group, with the pattern that keeps it float as its reason."""
+    pattern = next((kept[name] for name in group.nodes if name in kept), None)
+    return group if pattern is None else replace(group, reason=f"kept float by '{pattern}'")
 
 
 def _float_seconds(nodes: Sequence[onnx_ir.Node], ctx: PassContext) -> float:
