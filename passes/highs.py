@@ -205,7 +205,9 @@ def _run(problem: Any, seconds: float, mip: bool = True, **options: Any) -> Any:
     options |= {"mip_feasibility_tolerance": _TOLERANCE}
     if math.isfinite(seconds):
         options["time_limit"] = max(seconds, 0.0)
-    problem.solve(_Highs(mip=mip, msg=False, **options))
-    if (status := problem.solverModel.getModelStatus()) not in _ENDS:
-        raise RuntimeError(f"HiGHS ended with {status.name}")
-    return problem.solverModel
+    # What presolve rewrites may miss the tolerance by a rounding once it is written back.
+    for presolve in ("choose", "off"):
+        problem.solve(_Highs(mip=mip, msg=False, presolve=presolve, **options))
+        if (status := problem.solverModel.getModelStatus()) in _ENDS:
+            return problem.solverModel
+    raise RuntimeError(f"HiGHS ended with {status.name}")
