@@ -43,12 +43,15 @@ class Space:
                 return child
         return None
 
+    def neighbours(self, choice: Choice, by: int) -> list[tuple[str, int]]:
+        """Groups that can move by that many levels, with the level they would get."""
+        found = ((group, self._next(choice, group, by)) for group in self.levels)
+        return [(group, level) for group, level in found if level is not None]
+
     def _step(self, child: dict[str, int], rng: np.random.Generator, by: int) -> None:
-        movable = [g for g, known in self.levels.items() if self._next(child, g, by) is not None]
+        movable = self.neighbours(child, by)
         if movable:
-            group = movable[int(rng.integers(len(movable)))]
-            level = self._next(child, group, by)
-            assert level is not None
+            group, level = movable[int(rng.integers(len(movable)))]
             child[group] = level
 
     def _next(self, choice: Choice, group: str, by: int) -> int | None:

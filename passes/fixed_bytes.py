@@ -68,4 +68,5 @@ def _graph_bytes(model: Model) -> int:
     ]
     proto = without_weights(bare.ir)
     inputs = {value.name: value for value in proto.graph.input}
-    return int(proto.ByteSize()) - sum(inputs[name].ByteSize() + 3 for name in large)
+    stand_ins: int = sum(inputs[name].ByteSize() + 3 for name in large)
+    return int(proto.ByteSize()) - stand_ins

@@ -65,9 +65,9 @@ class InsertFakeQuant(Pass):
                 continue
             node.metadata_props[OPTION] = str(choice.option)
             row = ctx.target.support(node, choice.option.method).row
-            if choice.option.weight is None or row is None:
+            if row is None:
                 continue
-            for index in row.weights:
+            for index in row.weights if choice.option.weight is not None else ():
                 _insert_weight(model, node, index, choice.option, done)
                 ctx.count("weights")
             if choice.option.method == "dynamic":

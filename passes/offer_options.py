@@ -10,6 +10,7 @@ from octavo.ir.facts import FLOAT, Fact, Option, QuantizedInput, Ranges
 from octavo.ir.menu import Group, Menu, Offer
 from octavo.ir.option_bytes import weight_bytes
 from octavo.ir.quant import PerAxis, PerBlock, PerTensor, QuantSpec
+from octavo.ir.target import Tie
 from octavo.passes.base import Pass, Statistic
 from octavo.passes.chains import calibrated, find_chains, static_values
 from octavo.passes.fixed_bytes import fixed_bytes
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from octavo.ir.facts import Method
     from octavo.ir.model import Model
     from octavo.ir.quant import QuantType
-    from octavo.ir.target import KernelRow, Tie
+    from octavo.ir.target import KernelRow
     from octavo.passes.base import PassContext
     from octavo.passes.chains import Chain
 

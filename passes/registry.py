@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from octavo.passes.allocate import Allocate
 from octavo.passes.calibrate import Calibrate
 from octavo.passes.canonicalize import Canonicalize
 from octavo.passes.choose_kernels import ChooseKernels
 from octavo.passes.insert_fake_quant import InsertFakeQuant
+from octavo.passes.offer_options import OfferOptions
 from octavo.passes.place_quantizers import PlaceQuantizers
+from octavo.passes.refine import Refine
+from octavo.passes.sensitivity import AnalyseSensitivity
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,5 +21,15 @@ if TYPE_CHECKING:
 
 PASSES: Mapping[str, type[Pass]] = {
     pass_.name: pass_
-    for pass_ in (Canonicalize, Calibrate, ChooseKernels, PlaceQuantizers, InsertFakeQuant)
+    for pass_ in (
+        Canonicalize,
+        Calibrate,
+        ChooseKernels,
+        OfferOptions,
+        AnalyseSensitivity,
+        Allocate,
+        Refine,
+        PlaceQuantizers,
+        InsertFakeQuant,
+    )
 }

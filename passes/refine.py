@@ -1,0 +1,179 @@
+"""Search around the plan with its measured damage, because damages do not simply add."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Literal, final
+
+import numpy as np
+
+from octavo.ir.calibration import Part, first_samples, samples_of
+from octavo.ir.facts import Fact, Plan
+from octavo.ir.menu import Menu, Sensitivity, Solution
+from octavo.passes.allocate import choice_of, names_of, plan_of
+from octavo.passes.base import Pass
+from octavo.passes.evolve import Search, Space
+from octavo.passes.output_damage import Metric, OutputDamage
+from octavo.passes.planning import Planning
+from octavo.passes.programme import keeps
+from octavo.passes.rounded_model import RoundedModel
+from octavo.passes.swaps import swapped
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from octavo.ir.calibration import Batches, Feed
+    from octavo.ir.menu import Offer
+    from octavo.ir.model import Model
+    from octavo.passes.base import PassContext
+    from octavo.passes.evolve import Choice
+
+    Array = NDArray[np.generic]
+
+# Stages look at a quarter, a half and all of the data that is fitted to.
+_SHARES = (0.25, 0.5, 1.0)
+
+
+@final
+@dataclass(frozen=True)
+class Refine(Pass):
+    """Move bytes between groups while the whole plan's measured output damage falls.
+
+    **What it does.** `evolve` draws plans that keep to the budgets and evaluates each on half of
+    the calibration data (EvoPress, arXiv 2410.14649); `swap` gives one group a level more and
+    another one less, by their estimated damages (LampQ, arXiv 2511.10004). The other half
+    decides whether the best one found replaces the plan.
+    **Why.** Errors of several layers cancel or compound, which no sum of damages knows.
+    **When it does not apply.** No group has two levels that round activations alike, or there
+    is no data: a note.
+    **Cost and accuracy.** Bounded by `seconds`; the best plan so far is always kept.
+    """
+
+    name = "refine"
+    requires = (Menu, Sensitivity, Plan, Solution)
+    produces = (Plan, Solution)
+    preserves = (Fact,)
+
+    method: Literal["evolve", "swap"] = "evolve"
+    seconds: float = 20.0
+    offspring: int = 16
+    generations: int = 60
+    samples: int = 256
+    metric: Metric = "auto"
+
+    def run(self, model: Model, ctx: PassContext) -> Model:
+        batches = ctx.calibration or ctx.stand_in
+        menu, solution = model.fact(Menu), model.fact(Solution)
+        start = choice_of(menu, solution.options)
+        levels = levels_of(menu, start)
+        if batches is None or len(levels) < 2 or self.seconds <= 0:
+            ctx.remark("note", "", "nothing to refine: no data, or fewer than two groups to move")
+            return model
+        space = Space(levels, partial(_feasible, Planning(model, ctx), dict(solution.limits)))
+        trial = Trials.of(model, ctx, batches, self, list(levels))
+        best = self._search(space, trial, ctx, start, model)
+        before, after = trial.final(start), trial.final(best)
+        ctx.count("plans evaluated", trial.evaluated)
+        ctx.remark(
+            "applied" if after < before else "missed", "",
+            f"measured damage on held-out samples: {before:.3e} before, {after:.3e} after",
+            before=before, after=after,
+        )  # fmt: skip
+        if after >= before:
+            return model
+        totals = Planning(model, ctx).programme.totals(best)
+        found = replace(solution, options=names_of(menu, best), totals=totals)
+        plan = plan_of(menu, model.fact(Sensitivity), best, model.fact(Plan).source)
+        return model.with_fact(plan).with_fact(found)
+
+    def _search(
+        self, space: Space, trial: Trials, ctx: PassContext, start: Choice, model: Model
+    ) -> Choice:
+        if self.method == "swap":
+            damages = _estimates(model)
+            return swapped(space, damages, partial(trial.fitness, stage=2), start, self.seconds)
+        search = Search(
+            space, trial.fitness, ctx.rng("refine"),
+            offspring=self.offspring, generations=self.generations, seconds=self.seconds,
+        )  # fmt: skip
+        return search.run(start, partial(ctx.progress, "refine"))
+
+
+def levels_of(menu: Menu, choice: Choice) -> dict[str, list[int]]:
+    """Offers a group may move between: those that compute as the chosen one, by rising bytes."""
+    levels = {}
+    for name, index in choice.items():
+        offers = menu.offers[name]
+        alike = [k for k, offer in enumerate(offers) if _methods(offer) == _methods(offers[index])]
+        if len(alike) > 1:
+            levels[name] = sorted(alike, key=lambda k: (offers[k].bytes, k))
+    return levels
+
+
+@final
+@dataclass
+class Trials:
+    """Measures the damage of choices on two halves of the data: one to fit, one to decide."""
+
+    model: RoundedModel
+    damage: OutputDamage
+    ctx: PassContext
+    fit: Sequence[tuple[Feed, Mapping[str, Array]]]
+    choose: Sequence[tuple[Feed, Mapping[str, Array]]]
+    evaluated: int = 0
+    known: dict[tuple[tuple[tuple[str, int], ...], int], float] = field(default_factory=dict)
+
+    @staticmethod
+    def of(
+        model: Model, ctx: PassContext, batches: Batches, options: Refine, groups: list[str]
+    ) -> Trials:
+        damage = OutputDamage.of(model, options.metric)
+        run = ctx.evaluator.load(model)
+
+        def referenced(index: int) -> list[tuple[Feed, Mapping[str, Array]]]:
+            feeds = first_samples(Part(batches, index), max(1, options.samples // 2))
+            return [(f, {n: a for n, a in run(f).items() if n in damage.kinds}) for f in feeds]
+
+        rounded = RoundedModel.of(model, ctx, groups)
+        return Trials(rounded, damage, ctx, referenced(0), referenced(1))
+
+    def fitness(self, choices: Sequence[Choice], stage: int) -> Sequence[float]:
+        """Damage of each choice on the stage's share of the fitted half."""
+        count = max(1, round(_SHARES[min(stage, 2)] * len(self.fit)))
+        keys = [(tuple(sorted(choice.items())), count) for choice in choices]
+        new = {key: c for key, c in zip(keys, choices, strict=True) if key not in self.known}
+        measure = partial(self._measured, self.fit[:count])
+        self.known |= dict(zip(new, self.ctx.executor.map(measure, new.values()), strict=True))
+        self.evaluated += len(new)
+        return [self.known[key] for key in keys]
+
+    def final(self, choice: Choice) -> float:
+        """Damage of a choice on the half that decides."""
+        return self._measured(self.choose, choice)
+
+    def _measured(self, data: Sequence[tuple[Feed, Mapping[str, Array]]], choice: Choice) -> float:
+        weights = self.model.weights(choice)
+        rows = [
+            self.damage.per_sample(reference, self.model.run({**feed, **weights}), samples_of(feed))
+            for feed, reference in data
+        ]
+        return float(np.concatenate(rows).mean())
+
+
+def _methods(offer: Offer) -> tuple[str, ...]:
+    return tuple(option.method for option in offer.options.values())
+
+
+def _feasible(planning: Planning, limits: Mapping[str, float], choice: Choice) -> bool:
+    hard = {name: limit for name, limit in limits.items() if name != "damage"}
+    return keeps(planning.programme.totals(choice), hard)
+
+
+def _estimates(model: Model) -> dict[str, list[float]]:
+    menu, found = model.fact(Menu), model.fact(Sensitivity)
+    return {
+        name: [found.damage(name, offer.name).mean for offer in offers]
+        for name, offers in menu.offers.items()
+    }
