@@ -15,8 +15,7 @@ import pytest
 from octavo.backends.bench import bench
 from octavo.backends.ort_session import environment
 from octavo.backends.ort_target import ORT_CPU
-from octavo.backends.ort_timing import Timing
-from octavo.cli import profiling
+from octavo.backends.ort_timing import Timing, time_nodes
 from octavo.cli.profiling import DEFAULT_KINDS, Check, Kind, cost_of_profile, with_neighbours
 from octavo.ir.cache import ENVIRONMENT
 from octavo.ir.errors import UnknownName
@@ -81,16 +80,15 @@ def test_what_was_measured_is_not_measured_again(
     first, second = tmp_path / "first.json", tmp_path / "second.json"
     assert octavo("profile", network, "-o", first, *SHAPE, *QUICK).code == 0
     timed: list[object] = []
-    original = profiling.time_nodes
 
     def counted(artifacts: Any, *rest: Any, **options: Any) -> Any:
         timed.append([artifact.path.parent.name for artifact in artifacts])
-        return original(artifacts, *rest, **options)
+        return time_nodes(artifacts, *rest, **options)
 
     def refused(*_: Any, **__: Any) -> Any:
         raise AssertionError("a session was made")
 
-    monkeypatch.setattr(profiling, "time_nodes", counted)
+    monkeypatch.setattr("octavo.cli.profiling.time_nodes", counted)
     with monkeypatch.context() as patched:
         patched.setattr("octavo.backends.ort_session._load", refused)
         result = octavo("profile", network, "-o", second, *SHAPE, *QUICK)

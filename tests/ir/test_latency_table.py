@@ -154,10 +154,8 @@ def test_rows_of_the_table_win() -> None:
 def test_what_the_table_lacks_is_estimated_and_counted() -> None:
     cost, (matmul, exp) = _cost(), list(_model().graph)
     analytic = AnalyticCost(ORT_CPU, {"x": 512, "t": 256, "y": 256})
-    own, dynamic, other = (
-        analytic.seconds(node, method)
-        for node, method in ((matmul, "float"), (matmul, "dynamic"), (exp, "float"))
-    )
+    own, dynamic = analytic.seconds(matmul, "float"), analytic.seconds(matmul, "dynamic")
+    other = analytic.seconds(exp, "float")
     assert own is not None
     assert dynamic is not None
     assert other is not None
