@@ -19,17 +19,23 @@ from octavo.backends.ort_target import TARGETS
 from octavo.cli.candidates import Candidate, fastest
 from octavo.cli.html_report import REPORT, write_report
 from octavo.cli.measured import Measured
+from octavo.cli.metric import labelled, named
+from octavo.cli.planned import Planner
 from octavo.cli.report_data import report_data
-from octavo.cli.request import Request
+from octavo.cli.request import DEFAULT_SIZE, Request
 from octavo.ir.artifact import Artifact, Audit, Bench, Probes
 from octavo.ir.artifact_io import MODEL, Manifest, write_artifact
 from octavo.ir.cache import Cache
+from octavo.ir.calibration import Part
 from octavo.ir.cost import AnalyticCost
-from octavo.ir.errors import UnknownName
+from octavo.ir.errors import UnknownName, UsageError
 from octavo.ir.facts import Plan
+from octavo.ir.menu import Menu, Sensitivity, Solution
+from octavo.ir.plan_json import planning_json
 from octavo.ir.read import read
 from octavo.ir.shapes import concrete_elements
 from octavo.ir.write import write
+from octavo.passes.allocate import Allocate
 from octavo.passes.base import PassContext
 from octavo.passes.pipeline import Pipeline
 from octavo.passes.presets import preset
@@ -71,6 +77,7 @@ class Compiled:
     probes: Probes
     notes: tuple[str, ...]
     calibration: Batches | None = None
+    missed: tuple[str, ...] = ()
 
     def save(self, path: str | Path, *, force: bool = False) -> Manifest:
         """Write OUT/ whole or not at all; raises UsageError where it cannot."""
@@ -90,9 +97,18 @@ class Compiled:
             plan=self.model.find(Plan),
             audit=self.audit,
             probes=self.probes,
+            planning=self._planning(),
         )
         write_report(report_data(self, manifest), folder / REPORT)
         return manifest
+
+    def _planning(self) -> dict[str, object] | None:
+        """How the plan was found, where one integer programme made it."""
+        menu, found = self.model.find(Menu), self.model.find(Sensitivity)
+        solution = self.model.find(Solution)
+        if menu is None or found is None or solution is None:
+            return None
+        return planning_json(menu, found, solution)
 
     def _manifest(self) -> Manifest:
         calibration = self.calibration
@@ -109,6 +125,7 @@ class Compiled:
                 "threads": self.request.threads,
                 "max_recurrent_error": self.request.max_recurrent_error,
                 "min_agreement": self.request.min_agreement,
+                **self.request.budgets,
             },
             results={
                 "model_bytes": self.artifact.bytes,
@@ -136,6 +153,8 @@ def compile_model(
     `workdir` is where lowered candidates go (default: a temporary folder that lives as long as
     the process). Raises OctavoError.
     """
+    if request.pipeline == "mixed" and not request.planned:
+        request = replace(request, size=DEFAULT_SIZE)
     target = _target(request.target)
     pipeline = _pipeline(request, calibration is not None)
     pipeline.check(())
@@ -175,6 +194,8 @@ class _Job:
         early = None
         if self.model.source.bytes < _SMALL_BYTES:
             early = self.ctx.executor.submit(lambda: measured.reference)
+        if any(pass_.name == Allocate.name for pass_ in self.pipeline.passes):
+            return self._planned(measured)
         before, after = self.pipeline.split("choose-kernels")
         base = before.run(self.model, self.ctx, self.instruments, after.passes)
         ctx = replace(
@@ -202,6 +223,27 @@ class _Job:
             proven,
             pipeline=Pipeline((*before.passes, *best.pipeline.passes)),
             records=(*base.records, *best.compilation.records),
+        )
+
+    def _planned(self, measured: Measured) -> Compiled:
+        """Compile by one plan for the whole graph, within budgets."""
+        request, calibration = self.request, self.ctx.calibration
+        metric = None
+        if request.max_drop:
+            metric = named(request.metric) if request.metric else labelled(_held_out(calibration))
+            calibration = calibration if request.metric else _fitted(calibration)
+        ctx = replace(self.ctx, calibration=calibration)
+        found = Planner(
+            request, self.model, self.pipeline, ctx, self.feed, self.instruments, measured, metric
+        ).run()
+        notes = (*found.notes, *_saturation(ctx.target))
+        proven = self._prove(found.candidate, measured, notes)
+        first = len(self.pipeline.passes) - len(found.candidate.pipeline.passes)
+        return replace(
+            proven,
+            pipeline=Pipeline((*self.pipeline.passes[:first], *found.candidate.pipeline.passes)),
+            records=(*found.before.records, *found.candidate.compilation.records),
+            missed=found.missed,
         )
 
     def _prove(self, best: Candidate, measured: Measured, notes: tuple[str, ...]) -> Compiled:
@@ -239,6 +281,17 @@ class _Job:
         return tuple(feeds)
 
 
+def _held_out(calibration: Batches | None) -> Batches:
+    """The half of labelled data that an accuracy goal is checked on."""
+    if calibration is None:
+        raise UsageError("an accuracy goal needs data", hint="give --calibration or --eval")
+    return Part(calibration, 1)
+
+
+def _fitted(calibration: Batches | None) -> Batches | None:
+    return None if calibration is None else Part(calibration, 0)
+
+
 def _saturation(target: Target) -> tuple[str, ...]:
     if target.weight_bits < 8 or has_vnni():
         return ()
@@ -253,13 +306,35 @@ def _target(name: str) -> Target:
 
 def _pipeline(request: Request, calibrated: bool) -> Pipeline:
     """The preset or text that was asked for, with the float patterns of the request."""
-    default = "int8" if calibrated else "int8-dynamic"
+    default = "mixed" if request.planned else "int8" if calibrated else "int8-dynamic"
     name = request.pipeline or default
     is_text = name in PASSES or any(mark in name for mark in ",{")
     pipeline = Pipeline.parse(name if is_text else preset(name))
-    if not request.keep_float:
-        return pipeline
-    return pipeline.with_options("choose-kernels", keep_float=request.keep_float)
+    if request.planned and not any(p.name == Allocate.name for p in pipeline.passes):
+        message = f"budgets need a pipeline that allocates, '{name}' does not"
+        raise UsageError(message, hint="leave the pipeline out, or use the preset mixed")
+    return _configured(pipeline, request)
+
+
+def _configured(pipeline: Pipeline, request: Request) -> Pipeline:
+    """The pipeline with the options of the request, where those of its text are the defaults."""
+    if request.keep_float:
+        for name in ("choose-kernels", "offer-options"):
+            pipeline = pipeline.with_options(name, keep_float=request.keep_float)
+    wanted: dict[str, dict[str, object]] = {
+        "allocate": {
+            "objective": request.objective, "memory": request.memory, "bops": request.bops,
+            "max_damage": request.max_damage, "top_k": request.top_k, "pareto": request.pareto,
+        },
+        "sensitivity": {"estimator": request.estimator},
+        "refine": {"seconds": request.refine_seconds},
+    }  # fmt: skip
+    for name, options in wanted.items():
+        changed = {k: v for k, v in options.items() if v != getattr(_DEFAULTS, k, None)}
+        if name == "refine" and request.refine_seconds == _DEFAULTS.refine_seconds:
+            changed = {}
+        pipeline = pipeline.with_options(name, **changed) if changed else pipeline
+    return pipeline
 
 
 def bench_feed(model: Model, calibration: Batches | None, request: Request) -> Feed:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, final
 
 import typer
 
+from octavo.cli import plan_options as options
 from octavo.cli.render import AsJson
-from octavo.ir.errors import VerificationFailed
+from octavo.ir.errors import GoalNotMet, VerificationFailed
 
 if TYPE_CHECKING:
     from octavo.cli.compilation import Compiled
@@ -91,12 +92,26 @@ def compile_(
     measure: Measure = True,
     max_recurrent_error: RecurrentError = 0.02,
     min_agreement: Agreement = 0.6,
+    size: options.Size = "",
+    latency: options.Latency = "",
+    memory: options.Memory = "",
+    bops: options.Bops = "",
+    max_damage: options.MaxDamage = None,
+    minimise: options.Minimise = options.Objective.DAMAGE,
+    max_drop: options.MaxDrop = "",
+    metric: options.Eval = "",
+    goal: options.GoalOption = options.Goal.SMALLEST,
+    profile: options.ProfileOption = None,
+    refine_seconds: options.RefineSeconds = 20.0,
+    estimator: options.Estimator = "measured",
+    top_k: options.TopK = 1,
+    pareto: options.Pareto = 0,
     force: Force = False,
     dump_ir: DumpIr = None,
     cache: UseCache = True,
     as_json: AsJson = False,
 ) -> None:
-    """Compile a model, with the evidence beside it.
+    """Compile a model, with the evidence beside it. A budget or goal compiles by one plan.
 
     Writes model.onnx, manifest.json, plan.json, passes.jsonl, audit.json, probes.npz and
     report.html.
@@ -116,12 +131,29 @@ def compile_(
         measure=measure,
         max_recurrent_error=max_recurrent_error,
         min_agreement=min_agreement,
+        objective=minimise.value,
+        size=size,
+        latency=latency,
+        memory=memory,
+        bops=bops,
+        max_damage=max_damage,
+        max_drop=max_drop,
+        metric=metric,
+        goal=goal.value,
+        profile=str(profile or ""),
+        refine_seconds=refine_seconds,
+        estimator=estimator,
+        top_k=top_k,
+        pareto=pareto,
     )
     work = _Work(model, calibration, preprocess, request, dump_ir, cache)
     with open_output(output, force=force, source=model) as folder:
         compiled, manifest = work.run(folder)
     show(compiled, manifest, output, as_json)
     _require_audit(compiled, output)
+    if compiled.missed:
+        message = "a goal was not met; the artifact is written"
+        raise GoalNotMet(message, where=str(output), why="; ".join(compiled.missed))
 
 
 @final

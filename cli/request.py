@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
+# The budget of the preset mixed where none is given.
+DEFAULT_SIZE = "20%"
+
 
 @final
 @dataclass(frozen=True)
@@ -16,6 +19,12 @@ class Request:
     `shapes` and `threads` say what latency is measured with. `max_recurrent_error` bounds the
     relative output error that a dynamic LSTM kernel may add; below `min_agreement`, the share of
     rows with the same arg-max, dynamic kernels without data give way to weight-only ones.
+
+    `size`, `latency`, `memory` and `bops` are budgets as text, `max_damage` bounds the predicted
+    output damage and makes `objective` (size or latency) what is minimised. `max_drop` asks for
+    the smallest or fastest artifact (`goal`) whose metric falls by no more: `metric` names
+    `module:function`, empty for labels in the data. `profile` is a recorded table of latencies;
+    `refine_seconds` bounds the search around the plan; `estimator` says how damage is found.
     """
 
     target: str = "ort-cpu"
@@ -27,3 +36,40 @@ class Request:
     measure: bool = True
     max_recurrent_error: float = 0.02
     min_agreement: float = 0.6
+    objective: str = "damage"
+    size: str = ""
+    latency: str = ""
+    memory: str = ""
+    bops: str = ""
+    max_damage: float | None = None
+    max_drop: str = ""
+    metric: str = ""
+    goal: str = "smallest"
+    profile: str = ""
+    refine_seconds: float = 20.0
+    estimator: str = "measured"
+    top_k: int = 1
+    pareto: int = 0
+
+    @property
+    def planned(self) -> bool:
+        """Whether something is asked for that only a plan answers."""
+        budgets = (self.size, self.latency, self.memory, self.bops, self.max_drop)
+        return any(budgets) or self.max_damage is not None or self.pareto > 0
+
+    @property
+    def budgets(self) -> dict[str, str | float]:
+        """The budgets and goals that were given, by option."""
+        named = {
+            "size": self.size, "latency": self.latency, "memory": self.memory, "bops": self.bops,
+            "max_damage": self.max_damage, "max_drop": self.max_drop, "metric": self.metric,
+        }  # fmt: skip
+        given: dict[str, str | float] = {name: value for name, value in named.items() if value}
+        if self.planned:
+            given |= {
+                "objective": self.objective,
+                "goal": self.goal,
+                "refine_seconds": self.refine_seconds,
+                "estimator": self.estimator,
+            }
+        return given

@@ -95,14 +95,21 @@ class SavedArtifact:
 
 
 def write_artifact(
-    artifact: Artifact, manifest: Manifest, *, plan: Plan | None, audit: Audit, probes: Probes
+    artifact: Artifact,
+    manifest: Manifest,
+    *,
+    plan: Plan | None,
+    audit: Audit,
+    probes: Probes,
+    planning: Mapping[str, object] | None = None,
 ) -> Manifest:
     """Write all files but the model and the pass log beside the model; the manifest comes last.
 
+    `planning` is what plan.json holds beside the options (`octavo.ir.plan_json`).
     Returns the manifest with the session options and the hash of every reproducible file.
     """
     folder = artifact.path.parent
-    _write_json(folder / PLAN, _plan_json(artifact.planned, plan))
+    _write_json(folder / PLAN, {**_plan_json(artifact.planned, plan), **(planning or {})})
     _write_json(folder / AUDIT, audit.to_json())
     write_probes(probes, folder / PROBES)
     names = {MODEL, PROBES, *(path.name for path in folder.glob(f"{MODEL}*"))}

@@ -1,0 +1,236 @@
+"""Compile by a plan: profile, offer, measure, allocate, refine, build, and check what was built.
+
+What a plan is predicted to take is held against the file: a file that is larger or slower than
+its budget tightens the budget of the next plan by as much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, final
+
+from octavo.backends.ort_lowering import lower
+from octavo.backends.ort_session import make_session
+from octavo.cli.candidates import Candidate
+from octavo.cli.profiling import cost_of_profile, profile_model
+from octavo.cli.stand_in import stand_in
+from octavo.ir.artifact_io import MODEL
+from octavo.ir.budgets import parse_bytes, parse_drop, parse_seconds
+from octavo.ir.cost import AnalyticCost
+from octavo.ir.errors import BudgetInfeasible
+from octavo.ir.shapes import concrete_elements
+from octavo.passes.planning import Planning
+from octavo.passes.solve import solve
+
+if TYPE_CHECKING:
+    from octavo.cli.measured import Measured
+    from octavo.cli.metric import Metric
+    from octavo.cli.request import Request
+    from octavo.ir.artifact import Artifact
+    from octavo.ir.calibration import Batches, Feed
+    from octavo.ir.evaluate import CostModel
+    from octavo.ir.model import Model
+    from octavo.passes.base import PassContext
+    from octavo.passes.instruments import Instrument
+    from octavo.passes.pipeline import Compilation, Pipeline
+
+_TRIES = 5
+_SEARCHES = 7
+# Bytes below a size budget that the next plan aims at: names and tables vary by less.
+_MARGIN_BYTES = 64
+# Timing noise that a latency budget leaves to a file, and what the next plan aims below.
+_AIM = 0.97
+_NO_LIMIT = "none"
+
+
+@final
+@dataclass(frozen=True)
+class Planned:
+    """The candidate that was built, the passes before it, and goals it misses, in sentences."""
+
+    candidate: Candidate
+    before: Compilation
+    notes: tuple[str, ...]
+    missed: tuple[str, ...] = ()
+
+
+@final
+@dataclass
+class Planner:
+    """One model with its budgets; `run` returns what keeps to them, or the best there is."""
+
+    request: Request
+    model: Model
+    pipeline: Pipeline
+    ctx: PassContext
+    feed: Feed
+    instruments: Sequence[Instrument]
+    measured: Measured
+    metric: Metric | None = None
+    notes: list[str] = field(default_factory=list)
+    built: int = 0
+    _base: Compilation = field(init=False)
+    _ctx: PassContext = field(init=False)
+    _solving: Pipeline = field(init=False)
+    _budget: float | None = field(init=False, default=None)
+    _latency: str = field(init=False, default="")
+
+    def run(self) -> Planned:
+        """Build within the budgets. Raises BudgetInfeasible where no plan keeps to them."""
+        first, rest = self.pipeline.split("offer-options")
+        studying, self._solving = rest.split("allocate")
+        base = first.run(self.model, self.ctx, self.instruments, rest.passes)
+        cost = self._cost(base.model)
+        self._ctx = replace(self.ctx, cost=cost, stand_in=self._stand_in())
+        studied = studying.run(base.model, self._ctx, self.instruments)
+        self._base = replace(studied, records=(*base.records, *studied.records))
+        size = self.request.size or _option(self.pipeline, "size")
+        self._latency = self.request.latency or _option(self.pipeline, "latency")
+        self._budget = self._bytes(size) if size else None
+        if self.metric is not None:
+            return self._by_metric(self.metric)
+        candidate, missed = self._within(self._budget, self._latency)
+        return self._planned(candidate, missed)
+
+    def _planned(self, candidate: Candidate, missed: Sequence[str]) -> Planned:
+        return Planned(candidate, self._base, tuple(self.notes), tuple(missed))
+
+    def _cost(self, model: Model) -> CostModel:
+        """Measured here, recorded elsewhere, or estimated."""
+        request, target = self.request, self.ctx.target
+        if request.profile:
+            path = Path(request.profile)
+            cost, warnings = cost_of_profile(path, model, target, self.feed, request.threads)
+            self.notes += warnings
+            return cost
+        if request.measure:
+            return profile_model(model, self.feed, self.ctx, threads=request.threads).cost
+        self.notes.append("latency was not measured: the plan rests on estimates")
+        return AnalyticCost(target, concrete_elements(model, self.feed))
+
+    def _stand_in(self) -> Batches | None:
+        if self.ctx.calibration is not None:
+            return None
+        return stand_in(self.model, self.request.shapes, self.request.seed)
+
+    def _bytes(self, text: str) -> float:
+        return float(int(parse_bytes(text, "--size", self.model.source.bytes)))
+
+    def _build(self, size: float | None, latency: str) -> Candidate:
+        """The plan for these budgets, built."""
+        options: dict[str, object] = {"latency": latency}
+        if size is not None:
+            options["size"] = str(int(size))
+        pipeline = self._solving.with_options("allocate", **options)
+        compiled = pipeline.run(self._base.model, self._ctx, self.instruments)
+        self.built += 1
+        folder = self.ctx.workdir / f"plan-{self.built}"
+        folder.mkdir(parents=True, exist_ok=True)
+        path, target = folder / MODEL, self.ctx.target.name
+        return Candidate(pipeline, compiled, lambda: lower(compiled.model, path, target))
+
+    def _within(self, budget: float | None, latency: str) -> tuple[Candidate, list[str]]:
+        """A candidate whose file keeps to size and latency; else the last, and what it misses."""
+        aim, scale = budget, 1.0
+        candidate: Candidate | None = None
+        missed: list[str] = []
+        for _ in range(_TRIES):
+            try:
+                candidate = self._build(aim, _scaled(latency, scale))
+            except BudgetInfeasible:
+                if candidate is None:
+                    raise
+                break
+            over = 0.0 if budget is None else candidate.artifact.bytes - budget
+            slow = self._excess(candidate.artifact, latency)
+            missed = _sentences(candidate.artifact.bytes, budget, over, slow, latency)
+            if not missed:
+                break
+            if over > 0 and aim is not None:
+                aim -= over + _MARGIN_BYTES
+            if slow > 1:
+                scale *= _AIM / slow
+        assert candidate is not None
+        return candidate, missed
+
+    def _excess(self, artifact: Artifact, latency: str) -> float:
+        """Measured seconds as a share of the budget; 0 where there is none or nothing is timed."""
+        if latency in ("", _NO_LIMIT) or not self.request.measure:
+            return 0.0
+        timing = self.measured.final_bench(artifact)
+        source, own = timing.rows[0], timing.rows[-1]
+        budget = parse_seconds(latency, "--latency", source.median_seconds)
+        return source.median_seconds / own.speed / budget
+
+    def _by_metric(self, metric: Metric) -> Planned:
+        """The smallest or fastest candidate whose metric falls by no more than allowed."""
+        reference = metric.score(make_session(self.measured.source, threads=1).run)
+        allowed = parse_drop(self.request.max_drop, "--max-drop", reference)
+        self.notes.append(f"goal: {metric.text} at least {reference - allowed:.4f}")
+        low, high = self._range()
+        best: Candidate | None = None
+        fallback, fallback_score = None, float("-inf")
+        budget = high
+        for step in range(_SEARCHES):
+            self.ctx.progress("search budgets", step, _SEARCHES)
+            candidate, _ = self._at(budget)
+            score = metric.score(make_session(candidate.artifact.path, threads=1).run)
+            self.notes.append(
+                f"{candidate.artifact.bytes} bytes: {score:.4f} against {reference:.4f}"
+            )
+            if score > fallback_score:
+                fallback, fallback_score = candidate, score
+            if reference - score <= allowed:
+                best, high = candidate, budget
+            elif step == 0:
+                break
+            else:
+                low = budget
+            budget = (low * high) ** 0.5
+        self.ctx.progress("search budgets", _SEARCHES, _SEARCHES)
+        if best is not None:
+            return self._planned(best, ())
+        assert fallback is not None
+        message = f"the metric falls from {reference:.4f} to {fallback_score:.4f} at best"
+        return self._planned(fallback, (f"{message}, more than --max-drop allows",))
+
+    def _at(self, budget: float) -> tuple[Candidate, list[str]]:
+        if self.request.goal == "fastest":
+            return self._within(self._budget, f"{budget:.9f}s")
+        least = budget if self._budget is None else min(budget, self._budget)
+        return self._within(least, self._latency)
+
+    def _range(self) -> tuple[float, float]:
+        """The least total of what is searched, and that of the plan with the least damage."""
+        resource = "seconds" if self.request.goal == "fastest" else "bytes"
+        programme = replace(Planning(self._base.model, self._ctx).programme, memory_rows=())
+        least = solve(programme, resource, {}, gap=1e-2, time_limit_seconds=10).totals[resource]
+        calm = solve(programme, "damage", {}, gap=1e-2, time_limit_seconds=10).totals[resource]
+        return 1.05 * least, max(calm, 1.06 * least)
+
+
+def _option(pipeline: Pipeline, name: str) -> str:
+    """An option of the pipeline's own allocate."""
+    return next((str(getattr(p, name)) for p in pipeline.passes if p.name == "allocate"), "")
+
+
+def _scaled(latency: str, scale: float) -> str:
+    """A latency budget tightened by a factor; "" and "none" are no budgets."""
+    if latency in ("", _NO_LIMIT) or scale == 1.0:
+        return latency
+    whole = parse_seconds(latency, "--latency", 1.0)
+    relative = latency.strip().endswith(("x", "%"))
+    return f"{whole * scale:.9f}{'x' if relative else 's'}"
+
+
+def _sentences(
+    size: int, budget: float | None, over: float, slow: float, latency: str
+) -> list[str]:
+    missed = []
+    if over > 0:
+        missed.append(f"the file has {size} bytes, --size allows {budget:.0f}")
+    if slow > 1:
+        missed.append(f"the file takes {slow:.2f}x of --latency {latency}")
+    return missed
