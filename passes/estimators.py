@@ -6,19 +6,27 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from octavo.ir.errors import UnknownName
+from octavo.passes.estimate import resumable
+from octavo.passes.layer_error import layer_error
 from octavo.passes.measure_damage import measure_damage
+from octavo.passes.weight_error import weight_error
 
 if TYPE_CHECKING:
     from octavo.ir.calibration import Batches
     from octavo.ir.menu import Sensitivity
     from octavo.ir.model import Model
     from octavo.passes.base import PassContext
+    from octavo.passes.estimate import Finder
     from octavo.passes.output_damage import Metric
 
 # (model with a Menu, services, data, samples to use, how outputs are compared)
 Estimator = Callable[["Model", "PassContext", "Batches", int, "Metric"], "Sensitivity"]
 
-ESTIMATORS: Mapping[str, Estimator] = {"measured": measure_damage}
+_FINDERS: Mapping[str, Finder] = {"layer-error": layer_error, "weight-error": weight_error}
+ESTIMATORS: Mapping[str, Estimator] = {
+    "measured": measure_damage,
+    **{name: resumable(name, find) for name, find in _FINDERS.items()},
+}
 
 
 def estimator(name: str) -> Estimator:

@@ -18,11 +18,11 @@ import numpy as np
 from octavo.ir.cache import cache_key
 from octavo.ir.calibration import first_samples, samples_of
 from octavo.ir.facts import Ranges
-from octavo.ir.menu import Damage, Menu, Sensitivity
+from octavo.ir.menu import Damage, Sensitivity
 from octavo.ir.versions import versions
 from octavo.passes.activation_rounding import ActivationRounding
 from octavo.passes.chains import static_values
-from octavo.passes.offered_rounding import OfferedRounding, Trial, static_trial
+from octavo.passes.offered_rounding import OfferedRounding, Trial, offered_roundings, static_trial
 from octavo.passes.output_damage import OutputDamage, summary
 from octavo.passes.suffix import Flow, Suffix
 
@@ -118,14 +118,7 @@ class _Study:
         run = ctx.evaluator.load(model)
         references = tuple({n: a for n, a in run(f).items() if n in damage.kinds} for f in feeds)
         activations = ActivationRounding(ctx.evaluator)
-        nodes = {node.name or "": node for node in model.graph}
-        menu = model.fact(Menu)
-        roundings = {
-            name: OfferedRounding(
-                [nodes[n] for n in group.nodes], menu.offers[name], ctx.target, activations, name
-            )
-            for name, group in menu.groups.items()
-        }
+        roundings = offered_roundings(model, ctx.target, activations)
         ranges = model.find(Ranges)
         calibration = ranges.calibration_sha256 + ranges.method if ranges is not None else ""
         parts = (model.fingerprint, batches.sha256, str(limit), damage.text, calibration)

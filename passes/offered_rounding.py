@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, final
 
 from octavo.ir.constants import constant_behind
 from octavo.ir.mapped import reading
-from octavo.ir.menu import Damage
+from octavo.ir.menu import Damage, Menu
 from octavo.ir.quant import PerBlock, round_weight
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from octavo.ir.facts import Option, Range
     from octavo.ir.menu import Offer
+    from octavo.ir.model import Model
     from octavo.ir.quant import QuantSpec
     from octavo.ir.target import Target
     from octavo.passes.activation_rounding import ActivationRounding
@@ -70,7 +71,7 @@ class OfferedRounding:
     def constants(self) -> Values:
         """The weights of the nodes as they are, by the value that is read."""
         return {
-            value.name or "": _array(value) for node in self.nodes for value in self._weights(node)
+            value.name or "": _array(value) for node in self.nodes for value in self.weights(node)
         }
 
     @cached_property
@@ -95,7 +96,7 @@ class OfferedRounding:
             value.name or "": _rounded(value, specs[node.name or ""])
             for node in self.nodes
             if (node.name or "") in specs
-            for value in self._weights(node)
+            for value in self.weights(node)
         }
 
     def _damage(self, offer: Offer, found: Mapping[str, Damage]) -> Damage:
@@ -107,7 +108,8 @@ class OfferedRounding:
         error = sum(part.standard_error**2 for part in parts) ** 0.5
         return Damage(sum(part.mean for part in parts), error)
 
-    def _weights(self, node: onnx_ir.Node) -> list[onnx_ir.Value]:
+    def weights(self, node: onnx_ir.Node) -> list[onnx_ir.Value]:
+        """The weights of a node as it reads them."""
         row = self.target.support(node, "storage").row
         values = [node.inputs[index] for index in row.weights] if row is not None else []
         return [value for value in values if value is not None]
@@ -130,6 +132,20 @@ class OfferedRounding:
             return lambda fed: {n: self.activations.dynamic(fed[n]) for n in names if n in fed}
         size = _block_size(offer)
         return lambda fed: {n: self.activations.blocks(fed[n], size) for n in names if n in fed}
+
+
+def offered_roundings(
+    model: Model, target: Target, activations: ActivationRounding
+) -> dict[str, OfferedRounding]:
+    """One for every group of the model's menu, by name, in topological order."""
+    nodes = {node.name or "": node for node in model.graph}
+    menu = model.fact(Menu)
+    return {
+        name: OfferedRounding(
+            [nodes[n] for n in group.nodes], menu.offers[name], target, activations, name
+        )
+        for name, group in menu.groups.items()
+    }
 
 
 def _specs(offer: Offer) -> dict[str, QuantSpec]:

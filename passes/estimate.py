@@ -1,0 +1,88 @@
+"""What an estimator finds, timed and kept: finding it again costs nothing."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING, final
+
+from octavo.ir.cache import cache_key
+from octavo.ir.menu import Damage, Menu, Sensitivity
+from octavo.ir.versions import versions
+
+if TYPE_CHECKING:
+    from octavo.ir.calibration import Batches
+    from octavo.ir.model import Model
+    from octavo.passes.base import PassContext
+    from octavo.passes.output_damage import Metric
+
+
+@final
+@dataclass(frozen=True)
+class Estimate:
+    """Damage of every offer by group and offer name, what it is, and how many samples it used."""
+
+    by_group: Mapping[str, Mapping[str, Damage]]
+    metric: str
+    samples: int = 0
+
+
+# (model with a Menu, services, data, samples to use, how outputs are compared)
+Finder = Callable[["Model", "PassContext", "Batches", int, "Metric"], Estimate]
+
+
+def resumable(
+    name: str, find: Finder
+) -> Callable[[Model, PassContext, Batches, int, Metric], Sensitivity]:
+    """The estimator `name`: what `find` finds, from the cache where it was found before.
+
+    `seconds` of the result are those of finding it first. Static quantizers of activations are
+    not estimated (`by_value` is empty): measured damage has them.
+    """
+
+    def estimate(
+        model: Model, ctx: PassContext, batches: Batches, limit: int, metric: Metric
+    ) -> Sensitivity:
+        key = _key(name, model, ctx, batches, limit, metric)
+        stored = ctx.cache.get(key) if ctx.cache is not None else None
+        if stored is not None:
+            return _read(name, stored)
+        begin = time.perf_counter()
+        found = find(model, ctx, batches, limit, metric)
+        seconds = time.perf_counter() - begin
+        result = Sensitivity(found.by_group, {}, name, found.metric, found.samples, seconds)
+        if ctx.cache is not None:
+            ctx.cache.put(key, _written(result))
+        return result
+
+    return estimate
+
+
+def _key(
+    name: str, model: Model, ctx: PassContext, batches: Batches, limit: int, metric: Metric
+) -> str:
+    menu = model.fact(Menu)
+    offered = {group: [dict(o.options) for o in offers] for group, offers in menu.offers.items()}
+    return cache_key(
+        f"estimate {name}",
+        model.fingerprint,
+        repr([(group.nodes, group.role) for group in menu.groups.values()]),
+        repr(offered),
+        ctx.target.name,
+        batches.sha256,
+        f"{limit} {metric} {ctx.seed}",
+        repr(sorted(versions().items())),
+    )
+
+
+def _written(found: Sensitivity) -> bytes:
+    groups = {g: {o: astuple(d) for o, d in of.items()} for g, of in found.by_group.items()}
+    return json.dumps([groups, found.metric, found.samples, found.seconds]).encode()
+
+
+def _read(name: str, stored: bytes) -> Sensitivity:
+    groups, metric, samples, seconds = json.loads(stored)
+    by_group = {g: {o: Damage(*d) for o, d in of.items()} for g, of in groups.items()}
+    return Sensitivity(by_group, {}, name, metric, samples, seconds)
