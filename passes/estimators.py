@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from octavo.ir.errors import UnknownName
+from octavo.passes.block_importance import lim, zd
 from octavo.passes.estimate import resumable
 from octavo.passes.layer_error import layer_error
 from octavo.passes.measure_damage import measure_damage
@@ -22,7 +23,12 @@ if TYPE_CHECKING:
 # (model with a Menu, services, data, samples to use, how outputs are compared)
 Estimator = Callable[["Model", "PassContext", "Batches", int, "Metric"], "Sensitivity"]
 
-_FINDERS: Mapping[str, Finder] = {"layer-error": layer_error, "weight-error": weight_error}
+_FINDERS: Mapping[str, Finder] = {
+    "layer-error": layer_error,
+    "weight-error": weight_error,
+    "lim": lim,
+    "zd": zd,
+}
 ESTIMATORS: Mapping[str, Estimator] = {
     "measured": measure_damage,
     **{name: resumable(name, find) for name, find in _FINDERS.items()},

@@ -13,6 +13,7 @@ from octavo.passes.activation_rounding import ActivationRounding
 from octavo.passes.estimate import Estimate
 from octavo.passes.offered_rounding import offered_roundings
 from octavo.passes.output_damage import OutputDamage, output_names, summary
+from octavo.passes.read_values import value_reader
 from octavo.passes.suffix import Flow
 
 if TYPE_CHECKING:
@@ -115,17 +116,11 @@ def _packed(layers: Sequence[_Layer], sizes: Sequence[int], feeds: int) -> Itera
 def _operands(
     model: Model, ctx: PassContext, layers: Sequence[_Layer], feeds: Sequence[Feed]
 ) -> list[list[Feed]]:
-    """What every layer reads of every feed; graph inputs come from the feed itself."""
-    inputs = {value.name or "" for value in model.graph.inputs}
-    wanted = {name for layer in layers for name in layer.boundary} - inputs
-    before = extract(model, (), sorted(wanted)) if wanted else None
-    compute = ctx.evaluator.load(before) if before is not None else None
-    needed = [value.name or "" for value in before.graph.inputs] if before is not None else []
+    """What every layer reads of every feed."""
+    read = value_reader(model, ctx.evaluator, (n for layer in layers for n in layer.boundary))
     found: list[list[Feed]] = [[] for _ in layers]
     for feed in feeds:
-        known = dict(feed)
-        if compute is not None:
-            known |= compute({name: feed[name] for name in needed})
+        known = read(feed)
         for layer, fed in zip(layers, found, strict=True):
             fed.append({name: known[name] for name in layer.boundary})
     return found
