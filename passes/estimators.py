@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from octavo.ir.errors import UnknownName
 from octavo.passes.block_importance import lim, zd
 from octavo.passes.estimate import resumable
+from octavo.passes.fisher_damage import fisher, lampq
+from octavo.passes.hessian_damage import hessian
 from octavo.passes.layer_error import layer_error
 from octavo.passes.measure_damage import measure_damage
 from octavo.passes.weight_error import weight_error
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 Estimator = Callable[["Model", "PassContext", "Batches", int, "Metric"], "Sensitivity"]
 
 _FINDERS: Mapping[str, Finder] = {
+    "fisher": fisher,
+    "lampq": lampq,
+    "hessian": hessian,
     "layer-error": layer_error,
     "weight-error": weight_error,
     "lim": lim,
