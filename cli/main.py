@@ -21,6 +21,7 @@ from octavo.cli.profile_command import profile
 from octavo.cli.render import print_error, print_message
 from octavo.cli.replay_command import replay
 from octavo.cli.run_command import run
+from octavo.cli.sensitivity_command import sensitivity
 from octavo.cli.targets_command import targets_app
 from octavo.cli.verify_command import verify
 from octavo.ir.errors import OctavoError
@@ -41,7 +42,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("compile")(compile_)
-for _command in (profile, inspect, bench, verify, run, replay, passes):
+for _command in (profile, sensitivity, inspect, bench, verify, run, replay, passes):
     app.command()(_command)
 app.add_typer(targets_app, name="targets")
 app.add_typer(models_app, name="models")

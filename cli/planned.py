@@ -118,12 +118,14 @@ class Planner:
     def _bytes(self, text: str) -> float:
         return float(int(parse_bytes(text, "--size", self.model.source.bytes)))
 
-    def _build(self, size: float | None, latency: str) -> Candidate:
+    def _build(self, size: float | None, latency: str, *, refined: bool = False) -> Candidate:
         """The plan for these budgets, built."""
         options: dict[str, object] = {"latency": latency}
         if size is not None:
             options["size"] = str(int(size))
         pipeline = self._solving.with_options("allocate", **options)
+        if not refined:
+            pipeline = pipeline.with_options("refine", seconds=0.0)
         compiled = pipeline.run(self._base.model, self._ctx, self.instruments)
         self.built += 1
         folder = self.ctx.workdir / f"plan-{self.built}"
@@ -132,7 +134,10 @@ class Planner:
         return Candidate(pipeline, compiled, lambda: lower(compiled.model, path, target))
 
     def _within(self, budget: float | None, latency: str) -> tuple[Candidate, list[str]]:
-        """A candidate whose file keeps to size and latency; else the last, and what it misses."""
+        """A candidate whose file keeps to size and latency; else the last, and what it misses.
+
+        Only a plan that fits is refined, once.
+        """
         aim, scale = budget, 1.0
         candidate: Candidate | None = None
         missed: list[str] = []
@@ -143,17 +148,25 @@ class Planner:
                 if candidate is None:
                     raise
                 break
-            over = 0.0 if budget is None else candidate.artifact.bytes - budget
-            slow = self._excess(candidate.artifact, latency)
-            missed = _sentences(candidate.artifact.bytes, budget, over, slow, latency)
+            missed, over, slow = self._check(candidate, budget, latency)
             if not missed:
-                break
+                refined = self._build(aim, _scaled(latency, scale), refined=True)
+                found = self._check(refined, budget, latency)[0]
+                return (candidate, []) if found else (refined, [])
             if over > 0 and aim is not None:
                 aim -= over + _MARGIN_BYTES
             if slow > 1:
                 scale *= _AIM / slow
         assert candidate is not None
         return candidate, missed
+
+    def _check(
+        self, candidate: Candidate, budget: float | None, latency: str
+    ) -> tuple[list[str], float, float]:
+        """What a built file misses, the bytes it has too many, and its share of the latency."""
+        over = 0.0 if budget is None else candidate.artifact.bytes - budget
+        slow = self._excess(candidate.artifact, latency)
+        return _sentences(candidate.artifact.bytes, budget, over, slow, latency), over, slow
 
     def _excess(self, artifact: Artifact, latency: str) -> float:
         """Measured seconds as a share of the budget; 0 where there is none or nothing is timed."""

@@ -70,7 +70,7 @@ def profile(
         ),
     ] = "",
     kind: KindNames = None,
-    seconds: Seconds = 1.0,
+    seconds: Seconds = 0.5,
     cache: UseCache = True,
     as_json: AsJson = False,
 ) -> None:

@@ -151,7 +151,7 @@ def profile_model(
     *,
     kinds: Sequence[Kind] = DEFAULT_KINDS,
     threads: int = 1,
-    seconds_limit: float = 1.0,
+    seconds_limit: float = 0.5,
 ) -> Profiled:
     """Measure what the cache lacks: each signature in float and in every kind that it has.
 
