@@ -231,7 +231,7 @@ class _Found:
         )
 
     def agreements(self, of: Sensitivity) -> tuple[float | None, float | None]:
-        """Spearman's over the groups at the bits that are shown, and over all compressing offers."""
+        """Spearman's over the groups at the bits that are shown, and over all offers but float."""
         shown = {name: (offer,) for name, offer in self.offers().items()}
         return self.agreement(of, shown), self.agreement(
             of, {name: self.menu.offers[name][1:] for name in self.groups}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from octavo.ir.errors import UnknownName
 from octavo.passes.block_importance import lim, zd
-from octavo.passes.estimate import resumable
+from octavo.passes.estimate import Estimate, resumable
 from octavo.passes.fisher_damage import fisher, lampq
 from octavo.passes.hessian_damage import hessian
 from octavo.passes.layer_error import layer_error
@@ -25,7 +25,16 @@ if TYPE_CHECKING:
 # (model with a Menu, services, data, samples to use, how outputs are compared)
 Estimator = Callable[["Model", "PassContext", "Batches", int, "Metric"], "Sensitivity"]
 
+
+def _measured(
+    model: Model, ctx: PassContext, batches: Batches, limit: int, metric: Metric
+) -> Estimate:
+    found = measure_damage(model, ctx, batches, limit, metric)
+    return Estimate(found.by_group, found.metric, found.samples, found.by_value)
+
+
 _FINDERS: Mapping[str, Finder] = {
+    "measured": _measured,
     "fisher": fisher,
     "lampq": lampq,
     "hessian": hessian,
@@ -34,10 +43,7 @@ _FINDERS: Mapping[str, Finder] = {
     "lim": lim,
     "zd": zd,
 }
-ESTIMATORS: Mapping[str, Estimator] = {
-    "measured": measure_damage,
-    **{name: resumable(name, find) for name, find in _FINDERS.items()},
-}
+ESTIMATORS: Mapping[str, Estimator] = {n: resumable(n, find) for n, find in _FINDERS.items()}
 
 
 def estimator(name: str) -> Estimator:
