@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, final
@@ -23,6 +24,7 @@ from octavo.cli.metric import labelled, named
 from octavo.cli.planned import Planner
 from octavo.cli.report_data import report_data
 from octavo.cli.request import DEFAULT_SIZE, Request
+from octavo.cli.requested_pipeline import pipeline_of
 from octavo.ir.artifact import Artifact, Audit, Bench, Probes
 from octavo.ir.artifact_io import MODEL, Manifest, write_artifact
 from octavo.ir.cache import Cache
@@ -38,9 +40,7 @@ from octavo.ir.write import write
 from octavo.passes.allocate import Allocate
 from octavo.passes.base import PassContext
 from octavo.passes.pipeline import Pipeline
-from octavo.passes.presets import preset
 from octavo.passes.record import Header, PassRecord, write_records
-from octavo.passes.registry import PASSES
 
 if TYPE_CHECKING:
     from octavo.ir.calibration import Batches, Feed
@@ -153,28 +153,67 @@ def compile_model(
     `workdir` is where lowered candidates go (default: a temporary folder that lives as long as
     the process). Raises OctavoError.
     """
-    if request.pipeline == "mixed" and not request.planned:
-        request = replace(request, size=DEFAULT_SIZE)
-    target = _target(request.target)
-    pipeline = _pipeline(request, calibration is not None)
-    pipeline.check(())
-    model = read(source)
-    folder = workdir or Path(tempfile.mkdtemp(prefix="octavo-"))
-    feed = bench_feed(model, calibration, request)
-    with ThreadPoolExecutor(2) as executor:
-        ctx = PassContext(
-            target=target,
-            cost=AnalyticCost(target),
-            evaluator=OrtEvaluator(threads=2),
-            executor=executor,
-            workdir=folder,
-            calibration=calibration,
-            seed=request.seed,
-            cache=cache,
-            progress=progress,
-        )
-        job = _Job(request, model, pipeline, ctx, feed, tuple(instruments), progress)
+    given = _Given(source, calibration, request, cache, workdir, instruments, progress)
+    with given.job() as job:
         return job.run(cache)
+
+
+def plan_model(
+    source: object,
+    *,
+    calibration: Batches | None = None,
+    request: Request = _DEFAULTS,
+    cache: Cache | None = None,
+    workdir: Path | None = None,
+    progress: Progress = _silent,
+) -> tuple[Model, tuple[str, ...]]:
+    """The model with its Menu, Sensitivity, Plan and Solution, and what to know; nothing is built.
+
+    Raises OctavoError, BudgetInfeasible among them.
+    """
+    request = request if request.planned or request.pipeline else replace(request, pipeline="mixed")
+    given = _Given(source, calibration, request, cache, workdir, (), progress)
+    with given.job() as job:
+        return job.plan(cache)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a compilation starts from."""
+
+    source: object
+    calibration: Batches | None
+    request: Request
+    cache: Cache | None
+    workdir: Path | None
+    instruments: Sequence[Instrument]
+    progress: Progress
+
+    @contextmanager
+    def job(self) -> Iterator[_Job]:
+        """The model read, with the services its passes get while the block runs."""
+        request, calibration = self.request, self.calibration
+        if request.pipeline == "mixed" and not request.planned:
+            request = replace(request, size=DEFAULT_SIZE)
+        target = _target(request.target)
+        pipeline = pipeline_of(request, calibration is not None)
+        pipeline.check(())
+        model = read(self.source)
+        folder = self.workdir or Path(tempfile.mkdtemp(prefix="octavo-"))
+        feed = bench_feed(model, calibration, request)
+        with ThreadPoolExecutor(2) as executor:
+            ctx = PassContext(
+                target=target,
+                cost=AnalyticCost(target),
+                evaluator=OrtEvaluator(threads=2),
+                executor=executor,
+                workdir=folder,
+                calibration=calibration,
+                seed=request.seed,
+                cache=self.cache,
+                progress=self.progress,
+            )
+            yield _Job(request, model, pipeline, ctx, feed, tuple(self.instruments), self.progress)
 
 
 @dataclass(frozen=True)
@@ -246,6 +285,15 @@ class _Job:
             missed=found.missed,
         )
 
+    def plan(self, cache: Cache | None) -> tuple[Model, tuple[str, ...]]:
+        """The planned model, and what to know of it."""
+        source = _source_file(self.model, self.ctx.workdir)
+        measured = Measured(source, self.feed, (), self.request, cache)
+        planner = Planner(
+            self.request, self.model, self.pipeline, self.ctx, self.feed, self.instruments, measured
+        )
+        return planner.solve(), tuple(planner.notes)
+
     def _prove(self, best: Candidate, measured: Measured, notes: tuple[str, ...]) -> Compiled:
         """The evidence for the artifact that was chosen."""
         self.progress("prove", 0, 1)
@@ -302,39 +350,6 @@ def _target(name: str) -> Target:
     if name not in TARGETS:
         raise UnknownName("target", name, TARGETS)
     return TARGETS[name]
-
-
-def _pipeline(request: Request, calibrated: bool) -> Pipeline:
-    """The preset or text that was asked for, with the float patterns of the request."""
-    default = "mixed" if request.planned else "int8" if calibrated else "int8-dynamic"
-    name = request.pipeline or default
-    is_text = name in PASSES or any(mark in name for mark in ",{")
-    pipeline = Pipeline.parse(name if is_text else preset(name))
-    if request.planned and not any(p.name == Allocate.name for p in pipeline.passes):
-        message = f"budgets need a pipeline that allocates, '{name}' does not"
-        raise UsageError(message, hint="leave the pipeline out, or use the preset mixed")
-    return _configured(pipeline, request)
-
-
-def _configured(pipeline: Pipeline, request: Request) -> Pipeline:
-    """The pipeline with the options of the request, where those of its text are the defaults."""
-    if request.keep_float:
-        for name in ("choose-kernels", "offer-options"):
-            pipeline = pipeline.with_options(name, keep_float=request.keep_float)
-    wanted: dict[str, dict[str, object]] = {
-        "allocate": {
-            "objective": request.objective, "memory": request.memory, "bops": request.bops,
-            "max_damage": request.max_damage, "top_k": request.top_k, "pareto": request.pareto,
-        },
-        "sensitivity": {"estimator": request.estimator},
-        "refine": {"seconds": request.refine_seconds},
-    }  # fmt: skip
-    for name, options in wanted.items():
-        changed = {k: v for k, v in options.items() if v != getattr(_DEFAULTS, k, None)}
-        if name == "refine" and request.refine_seconds == _DEFAULTS.refine_seconds:
-            changed = {}
-        pipeline = pipeline.with_options(name, **changed) if changed else pipeline
-    return pipeline
 
 
 def bench_feed(model: Model, calibration: Batches | None, request: Request) -> Feed:

@@ -181,7 +181,7 @@ class _Work:
             source = read(self.model)
             compiled = compile_model(
                 source,
-                calibration=self._batches(source),
+                calibration=batches_of(self.calibration, self.preprocess, source),
                 request=self.request,
                 cache=Cache(default_folder()) if self.cache else None,
                 workdir=Path(workdir),
@@ -190,14 +190,16 @@ class _Work:
             )
             return compiled, compiled.write(folder)
 
-    def _batches(self, source: ir_model.Model) -> Batches | None:
-        from octavo.cli.calibration_data import load_calibration
-        from octavo.cli.preprocess import Preprocess
 
-        if not self.calibration:
-            return None
-        how = Preprocess.parse(self.preprocess) if self.preprocess else None
-        return load_calibration(self.calibration, source, how)
+def batches_of(calibration: str, preprocess: str, source: ir_model.Model) -> Batches | None:
+    """The calibration data that was named, checked against the model; `None` for none."""
+    from octavo.cli.calibration_data import load_calibration
+    from octavo.cli.preprocess import Preprocess
+
+    if not calibration:
+        return None
+    how = Preprocess.parse(preprocess) if preprocess else None
+    return load_calibration(calibration, source, how)
 
 
 def _require_audit(compiled: Compiled, output: Path) -> None:

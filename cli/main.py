@@ -17,6 +17,7 @@ from octavo.cli.compile_command import compile_
 from octavo.cli.inspect_command import inspect
 from octavo.cli.models_command import models_app
 from octavo.cli.passes_command import passes
+from octavo.cli.plan_command import plan
 from octavo.cli.profile_command import profile
 from octavo.cli.render import print_error, print_message
 from octavo.cli.replay_command import replay
@@ -42,7 +43,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("compile")(compile_)
-for _command in (profile, sensitivity, inspect, bench, verify, run, replay, passes):
+for _command in (plan, profile, sensitivity, inspect, bench, verify, run, replay, passes):
     app.command()(_command)
 app.add_typer(targets_app, name="targets")
 app.add_typer(models_app, name="models")

@@ -79,6 +79,20 @@ class Planner:
 
     def run(self) -> Planned:
         """Build within the budgets. Raises BudgetInfeasible where no plan keeps to them."""
+        self._study()
+        if self.metric is not None:
+            return self._by_metric(self.metric)
+        candidate, missed = self._within(self._budget, self._latency)
+        return self._planned(candidate, missed)
+
+    def solve(self) -> Model:
+        """The model with its plan, nothing built."""
+        self._study()
+        deciding, _ = self._pipeline_for(self._budget, self._latency).split("place-quantizers")
+        return deciding.run(self._base.model, self._ctx, self.instruments).model
+
+    def _study(self) -> None:
+        """Run everything that a plan rests on: ranges, seconds, offers, damages."""
         first, rest = self.pipeline.split("offer-options")
         studying, self._solving = rest.split("allocate")
         base = first.run(self.model, self.ctx, self.instruments, rest.passes)
@@ -89,10 +103,6 @@ class Planner:
         size = self.request.size or _option(self.pipeline, "size")
         self._latency = self.request.latency or _option(self.pipeline, "latency")
         self._budget = self._bytes(size) if size else None
-        if self.metric is not None:
-            return self._by_metric(self.metric)
-        candidate, missed = self._within(self._budget, self._latency)
-        return self._planned(candidate, missed)
 
     def _planned(self, candidate: Candidate, missed: Sequence[str]) -> Planned:
         return Planned(candidate, self._base, tuple(self.notes), tuple(missed))
@@ -120,10 +130,7 @@ class Planner:
 
     def _build(self, size: float | None, latency: str, *, refined: bool = False) -> Candidate:
         """The plan for these budgets, built."""
-        options: dict[str, object] = {"latency": latency}
-        if size is not None:
-            options["size"] = str(int(size))
-        pipeline = self._solving.with_options("allocate", **options)
+        pipeline = self._pipeline_for(size, latency)
         if not refined:
             pipeline = pipeline.with_options("refine", seconds=0.0)
         compiled = pipeline.run(self._base.model, self._ctx, self.instruments)
@@ -132,6 +139,12 @@ class Planner:
         folder.mkdir(parents=True, exist_ok=True)
         path, target = folder / MODEL, self.ctx.target.name
         return Candidate(pipeline, compiled, lambda: lower(compiled.model, path, target))
+
+    def _pipeline_for(self, size: float | None, latency: str) -> Pipeline:
+        options: dict[str, object] = {"latency": latency}
+        if size is not None:
+            options["size"] = str(int(size))
+        return self._solving.with_options("allocate", **options)
 
     def _within(self, budget: float | None, latency: str) -> tuple[Candidate, list[str]]:
         """A candidate whose file keeps to size and latency; else the last, and what it misses.
