@@ -7,7 +7,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import fmean
+from statistics import fmean, median
 from typing import TYPE_CHECKING, cast, final
 
 from octavo.backends.bench import bench
@@ -229,6 +229,7 @@ class _Work:
     signatures: Mapping[str, str]
     rows: dict[str, Row]
     lost: set[tuple[str, str]] = field(default_factory=set)
+    fresh: dict[tuple[str, str], None] = field(default_factory=dict)
     rates: tuple[float, ...] = ()
     built: dict[Kind, tuple[Plan, Artifact]] = field(default_factory=dict)
 
@@ -255,15 +256,17 @@ class _Work:
         steps = len(kinds) + 2
         self.ctx.progress(_LABEL, 0, steps)
         base = self._lowered(FLOAT_KIND, plans[FLOAT_KIND])
+        times: list[float] = []
         for done, kind in enumerate(kinds or [FLOAT_KIND], 1):
             files = [base] if kind is FLOAT_KIND else [base, self._lowered(kind, plans[kind])]
             timed = time_nodes(
                 files, self.feed, threads=self.threads, seconds_limit=self.seconds_limit
             )
             self._record(FLOAT_KIND, plans[FLOAT_KIND], timed[0].by_node)
+            # A machine is faster or slower by the minute; float tells by how much.
+            scale = self._float_seconds() / (sum(timed[0].by_node.values()) or 1.0)
+            times.append(1 / (scale or 1.0))
             if kind is not FLOAT_KIND:
-                # A machine is faster or slower by the minute; float tells by how much.
-                scale = self._float_seconds() / (sum(timed[0].by_node.values()) or 1.0)
                 seconds = with_neighbours(self.model, plans[kind], timed[0], timed[1])
                 scaled = {name: own * scale for name, own in seconds.items()}
                 self._record(kind, plans[kind], scaled)
@@ -271,6 +274,20 @@ class _Work:
                     rates = [_rate(timed[1].quantizers.get(name)) for name in QUANTIZERS]
                     self._store_rates([rate * scale for rate in rates])
             self.ctx.progress(_LABEL, done, steps)
+        self._settle(median(times))
+
+    def _settle(self, factor: float) -> None:
+        """Scale what is new to the median of all times that float was measured at.
+
+        Only where float is new as well: other figures of this device rest on what is known.
+        """
+        known = {text for text, row in self.rows.items() if "float" in row}
+        if not all((text, "float") in self.fresh for text in known):
+            return
+        for text, option in list(self.fresh):
+            self._store(text, option, self.rows[text][option] * factor)
+        if self.rates:
+            self._store_rates([rate * factor for rate in self.rates])
 
     def _lowered(self, kind: Kind, plan: Plan) -> Artifact:
         passes = (PlaceQuantizers(), InsertFakeQuant())
@@ -330,6 +347,8 @@ class _Work:
 
     def _store(self, text: str, key: str, seconds: float | None) -> None:
         self._keep(text, key, seconds)
+        if seconds is not None:
+            self.fresh[text, key] = None
         if self.ctx.cache:
             self.ctx.cache.put(self._cache_key(text, key), json.dumps(seconds).encode())
 
