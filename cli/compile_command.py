@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, final
 
 import typer
 
-from octavo.cli import plan_options as options
+from octavo.cli import compile_options as options
+from octavo.cli.option_groups import spelled_out
+from octavo.cli.plan_options import PlanOptions
 from octavo.cli.render import AsJson
 from octavo.ir.errors import GoalNotMet, VerificationFailed
 
@@ -24,91 +26,24 @@ if TYPE_CHECKING:
 
 _REPRODUCERS = Path("octavo-reproducers")
 
-Model = Annotated[Path, typer.Argument(help="An .onnx or .pt2 file.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")]
-Calibration = Annotated[
-    str,
-    typer.Option(
-        "--calibration",
-        "-c",
-        help="An .npz by input name, a folder of .npy, .npz or images, or module:function; "
-        "without it no static int8.",
-    ),
-]
-Preprocess = Annotated[
-    str, typer.Option(help="How images become an input, as size=224,mean=…,std=…,layout=nchw.")
-]
-Target = Annotated[str, typer.Option(help="What to compile for; see octavo targets list.")]
-Pipeline = Annotated[
-    str,
-    typer.Option(
-        "--pipeline",
-        "-p",
-        help="A preset or passes; the default is int8 with calibration data, else int8-dynamic.",
-    ),
-]
-KeepFloat = Annotated[
-    list[str] | None,
-    typer.Option(help="Nodes to leave alone: a name, a glob, re:… or type:Conv; repeatable."),
-]
-Shape = Annotated[
-    list[str] | None,
-    typer.Option(help="Input shape to measure with, as NAME=1x3x224x224; repeatable."),
-]
-Threads = Annotated[int, typer.Option(min=1, help="Threads that latency is measured with.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
-Measure = Annotated[
-    bool, typer.Option("--measure/--no-measure", help="Decide by measured or estimated latency.")
-]
-RecurrentError = Annotated[
-    float, typer.Option(min=0.0, help="Output error that dynamic LSTM kernels may add.")
-]
-Agreement = Annotated[
-    float,
-    typer.Option(
-        min=0.0, max=1.0, help="Share of rows whose arg-max dynamic kernels must keep without data."
-    ),
-]
 Force = Annotated[bool, typer.Option("--force", help="Replace the artifact in the folder.")]
 DumpIr = Annotated[
     Path | None, typer.Option(help="Write the model after every pass there, as ONNX text.")
 ]
-UseCache = Annotated[
-    bool, typer.Option("--cache/--no-cache", help="Keep measurements in ~/.cache/octavo.")
-]
 
 
+@spelled_out
 def compile_(
-    model: Model,
+    model: options.ModelFile,
     output: Output,
-    calibration: Calibration = "",
-    preprocess: Preprocess = "",
-    target: Target = "ort-cpu",
-    pipeline: Pipeline = "",
-    keep_float: KeepFloat = None,
-    shape: Shape = None,
-    threads: Threads = 1,
-    seed: Seed = 0,
-    measure: Measure = True,
-    max_recurrent_error: RecurrentError = 0.02,
-    min_agreement: Agreement = 0.6,
-    size: options.Size = "",
-    latency: options.Latency = "",
-    memory: options.Memory = "",
-    bops: options.Bops = "",
-    max_damage: options.MaxDamage = None,
-    minimise: options.Minimise = options.Objective.DAMAGE,
-    max_drop: options.MaxDrop = "",
-    metric: options.Eval = "",
-    goal: options.GoalOption = options.Goal.SMALLEST,
-    profile: options.ProfileOption = None,
-    refine_seconds: options.RefineSeconds = 20.0,
-    estimator: options.Estimator = "measured",
-    top_k: options.TopK = 1,
-    pareto: options.Pareto = 0,
+    compiling: options.CompileOptions,
+    planning: PlanOptions,
+    calibration: options.Calibration = "",
+    preprocess: options.Preprocess = "",
     force: Force = False,
     dump_ir: DumpIr = None,
-    cache: UseCache = True,
+    cache: options.UseCache = True,
     as_json: AsJson = False,
 ) -> None:
     """Compile a model, with the evidence beside it. A budget or goal compiles by one plan.
@@ -116,36 +51,10 @@ def compile_(
     Writes model.onnx, manifest.json, plan.json, passes.jsonl, audit.json, probes.npz and
     report.html.
     """
-    from octavo.cli.bench_command import parse_shapes
     from octavo.cli.compile_report import show
-    from octavo.cli.request import Request
     from octavo.ir.output_folder import open_output
 
-    request = Request(
-        target=target,
-        pipeline=pipeline,
-        keep_float=tuple(keep_float or ()),
-        shapes=parse_shapes(shape or ()) or None,
-        threads=threads,
-        seed=seed,
-        measure=measure,
-        max_recurrent_error=max_recurrent_error,
-        min_agreement=min_agreement,
-        objective=minimise.value,
-        size=size,
-        latency=latency,
-        memory=memory,
-        bops=bops,
-        max_damage=max_damage,
-        max_drop=max_drop,
-        metric=metric,
-        goal=goal.value,
-        profile=str(profile or ""),
-        refine_seconds=refine_seconds,
-        estimator=estimator,
-        top_k=top_k,
-        pareto=pareto,
-    )
+    request = compiling.request(planning)
     work = _Work(model, calibration, preprocess, request, dump_ir, cache)
     with open_output(output, force=force, source=model) as folder:
         compiled, manifest = work.run(folder)

@@ -6,8 +6,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from octavo.cli import compile_command as compiling
-from octavo.cli import plan_options as options
+from octavo.cli import compile_options as options
+from octavo.cli.compile_command import batches_of
+from octavo.cli.option_groups import spelled_out
+from octavo.cli.plan_options import PlanOptions
 from octavo.cli.render import (
     AsJson,
     format_bytes,
@@ -16,6 +18,7 @@ from octavo.cli.render import (
     print_message,
     print_table,
 )
+from octavo.ir.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -27,29 +30,14 @@ if TYPE_CHECKING:
 _RESOURCES = ("bytes", "seconds", "memory", "bops", "damage")
 
 
+@spelled_out
 def plan(
-    model: compiling.Model,
-    calibration: compiling.Calibration = "",
-    preprocess: compiling.Preprocess = "",
-    target: compiling.Target = "ort-cpu",
-    pipeline: compiling.Pipeline = "",
-    keep_float: compiling.KeepFloat = None,
-    shape: compiling.Shape = None,
-    threads: compiling.Threads = 1,
-    seed: compiling.Seed = 0,
-    measure: compiling.Measure = True,
-    size: options.Size = "",
-    latency: options.Latency = "",
-    memory: options.Memory = "",
-    bops: options.Bops = "",
-    max_damage: options.MaxDamage = None,
-    minimise: options.Minimise = options.Objective.DAMAGE,
-    profile: options.ProfileOption = None,
-    refine_seconds: options.RefineSeconds = 0.0,
-    estimator: options.Estimator = "measured",
-    top_k: options.TopK = 1,
-    pareto: options.Pareto = 0,
-    cache: compiling.UseCache = True,
+    model: options.ModelFile,
+    compiling: options.CompileOptions,
+    planning: PlanOptions,
+    calibration: options.Calibration = "",
+    preprocess: options.Preprocess = "",
+    cache: options.UseCache = True,
     as_json: AsJson = False,
 ) -> None:
     """Decide what each group of nodes gets under budgets, without building the artifact.
@@ -57,29 +45,10 @@ def plan(
     Prints every group with the option it gets, the totals beside the budgets, and the curve of
     damage against size. Without a budget, at most 20 % of the source's bytes.
     """
-    from octavo.cli.bench_command import parse_shapes
-    from octavo.cli.request import Request
-
-    request = Request(
-        target=target,
-        pipeline=pipeline,
-        keep_float=tuple(keep_float or ()),
-        shapes=parse_shapes(shape or ()) or None,
-        threads=threads,
-        seed=seed,
-        measure=measure,
-        objective=minimise.value,
-        size=size,
-        latency=latency,
-        memory=memory,
-        bops=bops,
-        max_damage=max_damage,
-        profile=str(profile or ""),
-        refine_seconds=refine_seconds,
-        estimator=estimator,
-        top_k=top_k,
-        pareto=pareto,
-    )
+    if planning.max_drop:
+        message = "an accuracy goal needs built artifacts"
+        raise UsageError(message, hint="give --max-drop to octavo compile")
+    request = compiling.request(planning)
     _show(*_planned(model, calibration, preprocess, request, cache), as_json)
 
 
@@ -96,7 +65,7 @@ def _planned(
         source = read(path)
         return plan_model(
             source,
-            calibration=compiling.batches_of(calibration, preprocess, source),
+            calibration=batches_of(calibration, preprocess, source),
             request=request,
             cache=Cache(default_folder()) if use_cache else None,
             workdir=Path(workdir),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, final
 
 import typer
 
@@ -24,38 +25,73 @@ class Goal(StrEnum):
     FASTEST = "fastest"
 
 
-Size = Annotated[str, typer.Option(help="Most bytes of all files: 4.9MB, or 25% of source.")]
-Latency = Annotated[
-    str,
-    typer.Option(
-        help="Most time of one run: 3ms, or 0.5x of the source; none lifts the default, "
-        "which is 1.1x the fastest plan."
-    ),
-]
-Memory = Annotated[str, typer.Option(help="Most activation memory: 8MB, or 50% of float.")]
-Bops = Annotated[str, typer.Option(help="Most bit operations (MACs x bits x bits): 12G, or 10%.")]
-MaxDamage = Annotated[
-    float | None, typer.Option(min=0.0, help="Most predicted output damage of the plan.")
-]
-Minimise = Annotated[
-    Objective, typer.Option("--minimise", help="What is made least within the budgets.")
-]
-MaxDrop = Annotated[
-    str, typer.Option(help="Most that the metric may fall on held-out samples: 1%, or 0.01.")
-]
-Eval = Annotated[
-    str,
-    typer.Option(
-        "--eval", help="The metric, module:function(run) -> number; else labels of the data."
-    ),
-]
-GoalOption = Annotated[Goal, typer.Option("--goal", help="What --max-drop searches for.")]
-ProfileOption = Annotated[
-    Path | None, typer.Option("--profile", help="A table that octavo profile recorded.")
-]
-RefineSeconds = Annotated[
-    float, typer.Option(min=0.0, help="Time for the search around the plan; 0 leaves it out.")
-]
-Estimator = Annotated[str, typer.Option(help="How damage is found; see octavo sensitivity.")]
-TopK = Annotated[int, typer.Option(min=1, help="Further plans to list, best first.")]
-Pareto = Annotated[int, typer.Option(min=0, help="Points of the curve of damage against size.")]
+@final
+@dataclass(frozen=True)
+class PlanOptions:
+    """Budgets, goals, and how a plan is found; one option of the command line each."""
+
+    size: Annotated[str, typer.Option(help="Most bytes of all files: 4.9MB, or 25% of source.")] = (
+        ""
+    )
+    latency: Annotated[
+        str,
+        typer.Option(
+            help="Most time of one run: 3ms, or 0.5x of the source; none lifts the default, "
+            "which is 1.1x the fastest plan."
+        ),
+    ] = ""
+    memory: Annotated[str, typer.Option(help="Most activation memory: 8MB, or 50% of float.")] = ""
+    bops: Annotated[
+        str, typer.Option(help="Most bit operations (MACs x bits x bits): 12G, or 10%.")
+    ] = ""
+    max_damage: Annotated[
+        float | None, typer.Option(min=0.0, help="Most predicted output damage of the plan.")
+    ] = None
+    minimise: Annotated[Objective, typer.Option(help="What is made least within the budgets.")] = (
+        Objective.DAMAGE
+    )
+    max_drop: Annotated[
+        str,
+        typer.Option(help="Most that the metric may fall on held-out samples: 1%, or 0.01."),
+    ] = ""
+    metric: Annotated[
+        str,
+        typer.Option(
+            "--eval", help="The metric, module:function(run) -> number; else labels of the data."
+        ),
+    ] = ""
+    goal: Annotated[Goal, typer.Option(help="What --max-drop searches for.")] = Goal.SMALLEST
+    profile: Annotated[
+        Path | None, typer.Option(help="A table of latencies that octavo profile recorded.")
+    ] = None
+    refine_seconds: Annotated[
+        float,
+        typer.Option(min=0.0, help="Time for the search around the plan; 0 leaves it out."),
+    ] = 20.0
+    estimator: Annotated[str, typer.Option(help="How damage is found; see octavo sensitivity.")] = (
+        "measured"
+    )
+    top_k: Annotated[int, typer.Option(min=1, help="Plans to list in plan.json, best first.")] = 1
+    pareto: Annotated[
+        int, typer.Option(min=0, help="Points of the curve of damage against size.")
+    ] = 0
+
+    @property
+    def request(self) -> dict[str, object]:
+        """The options by the names that a Request has for them."""
+        return {
+            "objective": self.minimise.value,
+            "size": self.size,
+            "latency": self.latency,
+            "memory": self.memory,
+            "bops": self.bops,
+            "max_damage": self.max_damage,
+            "max_drop": self.max_drop,
+            "metric": self.metric,
+            "goal": self.goal.value,
+            "profile": str(self.profile or ""),
+            "refine_seconds": self.refine_seconds,
+            "estimator": self.estimator,
+            "top_k": self.top_k,
+            "pareto": self.pareto,
+        }
