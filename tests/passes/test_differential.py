@@ -36,6 +36,10 @@ FLOAT32_RELATIVE = {
     "canonicalize": 1e-5,
     "calibrate": 0.0,
     "choose-kernels": 0.0,
+    "offer-options": 0.0,
+    "sensitivity": 0.0,
+    "allocate": 0.0,
+    "refine": 0.0,
     "place-quantizers": 0.0,
 }
 # Passes that quantize to 8 bits: root mean square of the error, relative to that of the output.
@@ -90,9 +94,13 @@ def _declared(text: str) -> str:
 
 
 def through(name: str, model: Model, ctx: PassContext) -> tuple[Model, Model]:
-    """The model before and after a pass, at its place in the default pipeline."""
+    """The model before and after a pass, at its place in the first preset that has it."""
+    text = next(t for t in PRESETS.values() if name in t.split(","))
     # Four feeds are too few to clip by: the error shall be that of rounding alone.
-    pipeline = Pipeline.parse(PRESETS["int8"]).with_options("calibrate", method="minmax")
+    pipeline = Pipeline.parse(text).with_options("calibrate", method="minmax")
+    # What is measured decides nothing here; little of it is enough.
+    pipeline = pipeline.with_options("sensitivity", samples=1)
+    pipeline = pipeline.with_options("refine", generations=1, seconds=5.0, samples=2)
     before, rest = pipeline.split(name)
     assert rest.passes
     reached = before.run(model, ctx).model
