@@ -97,7 +97,9 @@ def fact_lines(fact: Fact) -> Iterator[str]:
         entries = getattr(fact, field.name)
         if isinstance(entries, Mapping):
             for key, entry in entries.items():
-                yield f"// FACT {type(fact).__name__} {key} = {_text(entry)}"
+                # Offers of a group: a line for each.
+                lines = entry if isinstance(entry, tuple) else (entry,)
+                yield from (f"// FACT {type(fact).__name__} {key} = {_text(x)}" for x in lines)
 
 
 def _text(entry: object) -> str:
@@ -105,6 +107,8 @@ def _text(entry: object) -> str:
         return f"{entry:.4g}"
     if isinstance(entry, np.ndarray):
         return np.array2string(entry, precision=4)
+    if isinstance(entry, tuple):
+        return "[" + "; ".join(map(_text, entry)) + "]"
     if isinstance(entry, Mapping):
         return "{" + ", ".join(f"{k}: {_text(v)}" for k, v in entry.items()) + "}"
     if dataclasses.is_dataclass(entry) and type(entry).__str__ is object.__str__:
