@@ -139,6 +139,7 @@ class _Work:
         with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as executor:
             ctx = self._context(Path(folder), executor, progress)
             model = Pipeline((Canonicalize(), offer)).run(source, ctx).model
+            shown = _shown(model.fact(Menu), self.bits, path)
             for name in names:
                 try:
                     found.append(estimator(name)(model, ctx, batches, self.samples, "auto"))
@@ -146,7 +147,7 @@ class _Work:
                     if not skip:
                         raise
                     notes.append(f"{name}: {error.what}")
-        return _Found(path, model.fact(Menu), self.bits, tuple(found), tuple(notes))
+        return _Found(path, model.fact(Menu), self.bits, shown, tuple(found), tuple(notes))
 
     def _context(
         self, folder: Path, executor: ThreadPoolExecutor, progress: Progress
@@ -175,7 +176,7 @@ class _Work:
 
         if not self.calibration:
             count = min(self.samples, _RANDOM_FEEDS)
-            note = f"no calibration data: damage is that of {count} random inputs"
+            note = f"no calibration data: damage is estimated on {count} random samples"
             return stand_in(source, self.shapes, self.seed, count), [note]
         how = Preprocess.parse(self.preprocess) if self.preprocess else None
         data = load_calibration(self.calibration, source, how)
@@ -185,37 +186,26 @@ class _Work:
 @final
 @dataclass(frozen=True)
 class _Found:
-    """What the estimators say of the groups that hold weights."""
+    """What the estimators say of the groups that hold weights.
+
+    `shown` are the offers, by group, that the table gives the damage of.
+    """
 
     path: Path
     menu: Menu
     bits: int
+    shown: Mapping[str, Offer]
     found: tuple[Sensitivity, ...]
     notes: tuple[str, ...]
 
     @property
     def groups(self) -> list[str]:
         """Groups that hold weights, in topological order."""
-        return [name for name, offers in self.menu.offers.items() if offers[0].bytes]
+        return _weighted(self.menu)
 
-    def offers(self) -> dict[str, Offer]:
-        """The offer of every group that its damage is shown of: float compute before integer."""
-        from octavo.passes.type_scale import weight_bits
-
-        shown: dict[str, Offer] = {}
-        for name in self.groups:
-            fitting = [o for o in self.menu.offers[name] if weight_bits(o) == self.bits]
-            stored = [o for o in fitting if o.name.startswith("storage")]
-            if fitting:
-                shown[name] = (stored or fitting)[0]
-        if not shown:
-            message = f"no group can have {self.bits}-bit weights"
-            raise UsageError(message, where=str(self.path), hint="octavo inspect names the nodes")
-        return shown
-
-    def ranks(self, of: Sensitivity, offers: Mapping[str, Offer]) -> dict[str, int]:
+    def ranks(self, of: Sensitivity) -> dict[str, int]:
         """Place of every group by its damage, 1 for the largest."""
-        damages = {name: of.damage(name, offer.name).mean for name, offer in offers.items()}
+        damages = {name: of.damage(name, offer.name).mean for name, offer in self.shown.items()}
         return {n: 1 + sum(o > d for o in damages.values()) for n, d in damages.items()}
 
     def agreement(self, of: Sensitivity, offers: Mapping[str, Sequence[Offer]]) -> float | None:
@@ -232,24 +222,24 @@ class _Found:
 
     def agreements(self, of: Sensitivity) -> tuple[float | None, float | None]:
         """Spearman's over the groups at the bits that are shown, and over all offers but float."""
-        shown = {name: (offer,) for name, offer in self.offers().items()}
+        shown = {name: (offer,) for name, offer in self.shown.items()}
         return self.agreement(of, shown), self.agreement(
             of, {name: self.menu.offers[name][1:] for name in self.groups}
         )
 
     def json(self) -> dict[str, object]:
         """Everything, also what the tables leave out."""
-        offers = self.offers()
         return {
             "model": str(self.path),
             "bits": self.bits,
             "notes": list(self.notes),
-            "groups": [self._group(name, offers.get(name)) for name in self.groups],
+            "groups": [self._group(name) for name in self.groups],
             "estimators": [self._estimator(found) for found in self.found],
         }
 
-    def _group(self, name: str, shown: Offer | None) -> dict[str, object]:
+    def _group(self, name: str) -> dict[str, object]:
         group, offers = self.menu.groups[name], self.menu.offers[name]
+        shown = self.shown.get(name)
         return {
             "group": name,
             "role": group.role,
@@ -276,10 +266,30 @@ class _Found:
             "seconds": found.seconds,
             "samples": found.samples,
             "metric": found.metric,
-            "ranks": self.ranks(found, self.offers()),
+            "ranks": self.ranks(found),
             "spearman_at_bits": at_bits,
             "spearman": overall,
         }
+
+
+def _weighted(menu: Menu) -> list[str]:
+    return [name for name, offers in menu.offers.items() if offers[0].bytes]
+
+
+def _shown(menu: Menu, bits: int, path: Path) -> dict[str, Offer]:
+    """The offer of every group that its damage is shown of: float compute before integer."""
+    from octavo.passes.type_scale import weight_bits
+
+    shown: dict[str, Offer] = {}
+    for name in _weighted(menu):
+        fitting = [offer for offer in menu.offers[name] if weight_bits(offer) == bits]
+        stored = [offer for offer in fitting if offer.name.startswith("storage")]
+        if fitting:
+            shown[name] = (stored or fitting)[0]
+    if not shown:
+        message = f"no group can have {bits}-bit weights"
+        raise UsageError(message, where=str(path), hint="octavo inspect names the nodes")
+    return shown
 
 
 def _names(text: str) -> list[str]:
@@ -299,8 +309,7 @@ def _names(text: str) -> list[str]:
 def _print(found: _Found) -> None:
     for note in found.notes:
         print_message(f"note: {note}")
-    offers = found.offers()
-    ranks = {s.estimator: found.ranks(s, offers) for s in found.found}
+    ranks = {s.estimator: found.ranks(s) for s in found.found}
     columns = ["group", "role", "nodes", "bytes"]
     for one in found.found:
         columns += [one.estimator, *(["±"] if one.estimator == _TRUTH else []), "rank"]
@@ -308,9 +317,10 @@ def _print(found: _Found) -> None:
     for name in found.groups:
         group = found.menu.groups[name]
         size = format_bytes(found.menu.offers[name][0].bytes)
+        shown = found.shown.get(name)
         row: list[object] = [name, group.role, len(group.nodes), size]
         for one in found.found:
-            damage = one.damage(name, offers[name].name) if name in offers else None
+            damage = one.damage(name, shown.name) if shown is not None else None
             row.append(_number(damage and damage.mean))
             if one.estimator == _TRUTH:
                 row.append(_number(damage and damage.standard_error))
