@@ -115,7 +115,9 @@ class OfferedRounding:
         return [value for value in values if value is not None]
 
     def _weights_key(self, specs: Mapping[str, QuantSpec]) -> str:
-        return f"weights {self.group} " + " ".join(map(str, specs.values()))
+        # The text of a spec leaves out how many of its bits are used.
+        texts = (f"{spec}:{spec.used_bits or spec.bits}" for spec in specs.values())
+        return f"weights {self.group} " + " ".join(texts)
 
     def _activations_key(self, offer: Offer) -> str | None:
         """A name for how an offer rounds activations at run time, `None` where it does not."""

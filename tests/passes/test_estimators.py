@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from octavo.backends.ort_target import ORT_CPU_AVX2
 from octavo.ir.cache import Cache
 from octavo.ir.errors import NotDifferentiable, UnknownName
 from octavo.ir.menu import Menu, Sensitivity
@@ -177,6 +178,20 @@ def test_every_estimator_knows_every_offer(
         damages = [_storage(found, group, bits) for bits in (8, 4, 3)]
         assert 0 < damages[0] < damages[1] < damages[2]
         assert all(np.isfinite(d.standard_error) for d in found.by_group[group].values())
+
+
+@pytest.mark.parametrize("node", list(_NODES))
+def test_measured_is_the_damage_of_the_bits_that_are_used(
+    node: str, weights: Mapping[str, Array], pass_context: PassContext, data: Data
+) -> None:
+    # Integer kernels of this target use 7 of 8 bits, storage uses all of them.
+    ctx = replace(pass_context, target=ORT_CPU_AVX2)
+    model = _offered(_NETWORK, weights, ctx)
+    found = _found("measured", model, ctx, data)
+    exact = _output_damage(weights, _x(data), node, 8)
+    # The runtime computes the outputs in float32.
+    assert _storage(found, node, 8) == pytest.approx(exact, rel=0.05)
+    assert found.damage(node, "dynamic:s8/axis1").mean > 2 * exact
 
 
 @pytest.mark.parametrize("node", list(_NODES))
