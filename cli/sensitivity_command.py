@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, final
 
 import typer
 
+from octavo.cli.compile_options import ModelFile, Preprocess, UseCache
 from octavo.cli.render import (
     AsJson,
     format_bytes,
@@ -42,9 +43,6 @@ Calibration = Annotated[
         help="Inputs, as octavo compile takes them, labels too; without them random numbers.",
     ),
 ]
-Preprocess = Annotated[
-    str, typer.Option(help="How images become an input, as size=224,mean=…,std=…,layout=nchw.")
-]
 Estimators = Annotated[
     str,
     typer.Option(
@@ -64,13 +62,10 @@ Shape = Annotated[
 ]
 TargetName = Annotated[str, typer.Option(help="What to compile for; see octavo targets list.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
-UseCache = Annotated[
-    bool, typer.Option("--cache/--no-cache", help="Keep what was found in ~/.cache/octavo.")
-]
 
 
 def sensitivity(
-    model: Annotated[Path, typer.Argument(help="An .onnx or .pt2 file.")],
+    model: ModelFile,
     calibration: Calibration = "",
     preprocess: Preprocess = "",
     estimator: Estimators = _TRUTH,
