@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from octavo.cli.candidates import NOT_SLOWER
 from octavo.cli.render import format_bytes, format_seconds, print_json, print_message, print_table
+from octavo.ir.menu import Solution
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -75,6 +76,7 @@ def _lines(compiled: Compiled, manifest: Manifest, output: Path) -> Iterator[str
     planned = sum(row.ok for row in audit.rows)
     yield f"audit:       {planned} of {len(audit.rows)} nodes run as planned"
     yield from (f"             {finding}" for finding in audit.findings)
+    yield from _plan_lines(compiled)
     if manifest.calibration_samples:
         yield f"calibration: {manifest.calibration_samples} samples"
     else:
@@ -89,3 +91,25 @@ def _lines(compiled: Compiled, manifest: Manifest, output: Path) -> Iterator[str
     if timing.rows[-1].speed < NOT_SLOWER:
         yield "note:        the artifact is slower than its source here"
     yield f"next:        octavo inspect {output} lists every layer with its kernel and reason"
+
+
+def _plan_lines(compiled: Compiled) -> Iterator[str]:
+    """How the plan was found, and what it was predicted to take beside what it takes."""
+    solution = compiled.model.find(Solution)
+    if solution is None:
+        return
+    measured, source = compiled.bench.rows[-1].median_seconds, compiled.bench.rows[0]
+    yield (
+        f"plan:        {solution.status} to a gap of {solution.gap:.1e} in "
+        f"{solution.seconds:.2f} s, predicted damage {solution.totals['damage']:.2e}"
+    )
+    yield (
+        f"predicted:   {format_seconds(solution.totals['seconds'])} "
+        f"({_percent(solution.totals['seconds'], measured)} of measured); source "
+        f"{format_seconds(solution.float_seconds)} "
+        f"({_percent(solution.float_seconds, source.median_seconds)})"
+    )
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.0f} %"

@@ -123,6 +123,7 @@ class Planner:
     def _stand_in(self) -> Batches | None:
         if self.ctx.calibration is not None:
             return None
+        self.notes.append("no calibration data: damage is measured on random numbers")
         return stand_in(self.model, self.request.shapes, self.request.seed)
 
     def _bytes(self, text: str) -> float:

@@ -149,7 +149,12 @@ def report_data(compiled: Compiled, manifest: Manifest) -> ReportData:
     if menu is None or solution is None:
         return data
     found = compiled.model.find(Sensitivity)
-    return with_planner(data, menu, solution, () if found is None else (found,))
+    seconds = (solution.float_seconds, solution.totals["seconds"])
+    predictions = [
+        Prediction(name, predicted, row.median_seconds)
+        for name, predicted, row in zip(sizes, seconds, rows, strict=True)
+    ]
+    return with_planner(data, menu, solution, () if found is None else (found,), predictions)
 
 
 def with_planner(

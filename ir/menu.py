@@ -106,8 +106,9 @@ class Solution(Fact):
     """How a plan was found, and what it is predicted to cost.
 
     `limits` are the budgets it keeps to and `totals` what it uses, by resource ("bytes",
-    "seconds", "memory", "bops", "damage"); `gap` is the proven relative distance from the
-    optimum; `alternatives` are further plans, best first: their totals and options by group.
+    "seconds", "memory", "bops", "damage"); `float_seconds` are those predicted of the source;
+    `gap` is the proven relative distance from the optimum; `alternatives` are further plans, best
+    first: their totals and options by group.
     """
 
     status: str
@@ -119,5 +120,6 @@ class Solution(Fact):
     totals: Mapping[str, float]
     options: Mapping[str, str]
     dominated: int = 0
+    float_seconds: float = 0.0
     alternatives: tuple[tuple[Mapping[str, float], Mapping[str, str]], ...] = ()
     curve: tuple[Mapping[str, float], ...] = field(default=())

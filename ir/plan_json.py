@@ -18,6 +18,7 @@ def solution_json(solution: Solution) -> Json:
         "solver": solution.solver,
         "gap": solution.gap,
         "seconds": solution.seconds,
+        "float_seconds": solution.float_seconds,
         "dominated_offers": solution.dominated,
         "limits": dict(solution.limits),
         "totals": dict(solution.totals),

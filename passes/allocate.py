@@ -86,6 +86,7 @@ class Allocate(Pass):
             totals=full.totals(best.choice),
             options=names_of(menu, best.choice),
             dominated=best.dominated,
+            float_seconds=full.totals(dict.fromkeys(full.groups, 0))["seconds"],
             alternatives=tuple((a.totals, names_of(menu, a.choice)) for a in answers[1:]),
             curve=tuple(point.totals for point in curve),
         )
