@@ -48,9 +48,9 @@ def fisher(
     scales = type_scales(model, ctx, batches, limit, metric, scores, offers)
 
     def score(group: OfferedRounding, offer: Offer) -> Damage:
-        return _product(scales[group.group], _quadratic(diagonals, group, offer))
+        return _product(scales.by_group[group.group], _quadratic(diagonals, group, offer))
 
-    text = f"{how.damage.text}, by Fisher ({how.text})"
+    text = f"{how.damage.text}, by Fisher ({how.text}, {scales.text})"
     return Estimate(score_offers(model, ctx, score), text, how.samples)
 
 
@@ -73,11 +73,11 @@ def lampq(model: Model, ctx: PassContext, batches: Batches, limit: int, metric: 
     scales = type_scales(model, ctx, batches, limit, metric, scores, offers)
 
     def score(group: OfferedRounding, offer: Offer) -> Damage:
-        omega = _product(scales[group.group], traces[group.group])
+        omega = _product(scales.by_group[group.group], traces[group.group])
         cost = _GAMMA ** (weight_bits(offers[group.group]) - weight_bits(offer))
         return Damage(cost * omega.mean, cost * omega.standard_error)
 
-    text = f"{how.damage.text}, by LampQ ({how.text})"
+    text = f"{how.damage.text}, by LampQ ({how.text}, {scales.text})"
     return Estimate(score_offers(model, ctx, score), text, how.samples)
 
 

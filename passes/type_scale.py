@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, final
 
 from octavo.ir.menu import Damage, Menu
 from octavo.passes.measure_damage import measure_damage
@@ -20,6 +20,20 @@ if TYPE_CHECKING:
 _LAYERS_PER_TYPE = 2
 
 
+@final
+@dataclass(frozen=True)
+class TypeScales:
+    """Damage per unit of a score for every group, and how many groups were measured for it."""
+
+    by_group: Mapping[str, Damage]
+    measured: int
+
+    @property
+    def text(self) -> str:
+        """How much rests on measuring, for people."""
+        return f"{self.measured} of {len(self.by_group)} groups measured"
+
+
 def type_scales(
     model: Model,
     ctx: PassContext,
@@ -28,7 +42,7 @@ def type_scales(
     metric: Metric,
     scores: Mapping[str, float],
     offers: Mapping[str, Offer],
-) -> dict[str, Damage]:
+) -> TypeScales:
     """α of every group: mean measured damage over mean score, over two layers of its type.
 
     LampQ's type factor (arXiv 2511.10004, "type-aware" sensitivity), with the damage of the
@@ -48,7 +62,7 @@ def type_scales(
         error = sum(damage.standard_error**2 for damage in some) ** 0.5
         alpha = Damage(sum(d.mean for d in some) / score, error / score) if score else Damage(0.0)
         found |= dict.fromkeys(names, alpha)
-    return found
+    return TypeScales(found, len(layers))
 
 
 def nearest_offers(model: Model, bits: int) -> dict[str, Offer]:
