@@ -55,7 +55,8 @@ class Request:
     def planned(self) -> bool:
         """Whether something is asked for that only a plan answers."""
         budgets = (self.size, self.latency, self.memory, self.bops, self.max_drop)
-        return any(budgets) or self.max_damage is not None or self.pareto > 0
+        numbers = self.max_damage is not None or self.pareto > 0 or self.top_k > 1
+        return any(budgets) or numbers or self.objective != "damage"
 
     @property
     def budgets(self) -> dict[str, str | float]:

@@ -75,14 +75,31 @@ class BudgetInfeasible(UsageError):
         alone: Mapping[str, float | None],
     ) -> None:
         self.limits, self.nearest, self.alone = dict(limits), dict(nearest), dict(alone)
-        budgets = " and ".join(f"{name} <= {limit:.6g}" for name, limit in limits.items())
-        least = (f"{n} is at least {_rounded_up(v)}" for n, v in alone.items() if v is not None)
-        offers = (f"{n} to {_rounded_up(v)}" for n, v in nearest.items() if v is not None)
+        budgets = " and ".join(_budget(name, f"{limit:.6g}") for name, limit in limits.items())
+        known = ((n, _rounded_up(v)) for n, v in alone.items() if v is not None)
+        least = (_budget(name, value) for name, value in known)
+        offers = (_budget(n, _rounded_up(v)) for n, v in nearest.items() if v is not None)
         super().__init__(
             f"no plan keeps {budgets}" + (" together" if len(limits) > 1 else ""),
-            why=", ".join(least),
-            hint="raise " + ", or ".join(offers),
+            why="the least alone: " + ", ".join(least),
+            hint="give " + ", or ".join(offers),
         )
+
+
+# The option that sets the budget of a resource, and the unit it is counted in.
+_BUDGETS = {
+    "bytes": ("--size", "B"),
+    "seconds": ("--latency", "s"),
+    "memory": ("--memory", "B"),
+    "bops": ("--bops", ""),
+    "damage": ("--max-damage", ""),
+}
+
+
+def _budget(name: str, value: str) -> str:
+    """A budget as it is typed, or as a resource that no option sets."""
+    option, unit = _BUDGETS.get(name, (name, ""))
+    return f"{option} {value}{unit}"
 
 
 def _rounded_up(value: float) -> str:

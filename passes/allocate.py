@@ -111,10 +111,11 @@ class Allocate(Pass):
         resource = _RESOURCE[self.objective]
         if resource in limits:
             message = f"{self.objective} cannot be both the objective and a budget"
-            raise UsageError(message, hint="leave one out")
-        if resource != "damage" and not limits.keys() & {"damage"}:
-            message = f"the least {self.objective} is float of no accuracy at all without a bound"
-            raise UsageError(message, hint="give max-damage")
+            hint = "leave the budget out, or minimise something else"
+            raise UsageError(message, hint=hint)
+        if resource != "damage" and "damage" not in limits:
+            message = f"the least {self.objective} needs a bound on the damage it may do"
+            raise UsageError(message, hint="give --max-damage")
         return limits
 
     def _answers(

@@ -334,11 +334,11 @@ def test_infeasible_budgets_are_named_with_the_nearest() -> None:
     assert error.value.nearest == {"bytes": 9.0, "seconds": 18.0}
     assert error.value.alone == {"bytes": 2.0, "seconds": 4.0}
     assert str(error.value) == (
-        "no plan keeps bytes <= 8.5 and seconds <= 12.5 together\n"
-        "  why:   bytes is at least 2, seconds is at least 4\n"
-        "  hint:  raise bytes to 9, or seconds to 18"
+        "no plan keeps --size 8.5B and --latency 12.5s together\n"
+        "  why:   the least alone: --size 2B, --latency 4s\n"
+        "  hint:  give --size 9B, or --latency 18s"
     )
-    with pytest.raises(BudgetInfeasible, match=r"no plan keeps bytes <= 1\n"):
+    with pytest.raises(BudgetInfeasible, match=r"no plan keeps --size 1B\n"):
         solve(programme, limits={"bytes": 1.0, "seconds": 100.0})
 
 
