@@ -105,8 +105,10 @@ class Planning:
         if value.is_graph_output() or not readers:
             readers.append(None)
         seconds = self.ctx.cost.boundary_seconds(value)
-        writes_float = head is not None and head.row.output == "either"
-        return Border(maker, tuple(readers), seconds, 0.0 if writes_float else seconds)
+        if head is None or head.row.output != "either":
+            return Border(maker, tuple(readers), seconds, seconds)
+        # Its kernel writes floats where they are read anyway, and codes are then made of them.
+        return Border(None if None in readers else maker, tuple(readers), seconds, 0.0)
 
     def _memory_rows(self) -> list[MemoryRow]:
         """Activation bytes alive while each node runs; integer groups write one byte for four."""
@@ -143,5 +145,10 @@ class Planning:
 
     @cached_property
     def _writers(self) -> Mapping[int, Chain]:
-        """The chain that writes a value, by the value's id."""
-        return {id(value): chain for chain in self.chains.values() for value in chain.outputs}
+        """The chain that computes a value, by the value's id."""
+        return {
+            id(value): chain
+            for chain in self.chains.values()
+            for member in chain.members
+            for value in member.outputs
+        }
