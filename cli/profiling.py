@@ -7,7 +7,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import fmean, median
+from statistics import fmean
 from typing import TYPE_CHECKING, cast, final
 
 from octavo.backends.bench import bench
@@ -274,12 +274,12 @@ class _Work:
                     rates = [_rate(timed[1].quantizers.get(name)) for name in QUANTIZERS]
                     self._store_rates([rate * scale for rate in rates])
             self.ctx.progress(_LABEL, done, steps)
-        self._settle(median(times))
+        self._settle(min(times))
 
     def _settle(self, factor: float) -> None:
-        """Scale what is new to the median of all times that float was measured at.
+        """Scale what is new to the least of all times that float was measured at.
 
-        Only where float is new as well: other figures of this device rest on what is known.
+        Other work on the machine slows all of a minute, and only ever adds time. Only where float is new as well: other figures of this device rest on what is known.
         """
         known = {text for text, row in self.rows.items() if "float" in row}
         if not all((text, "float") in self.fresh for text in known):

@@ -1,13 +1,16 @@
 """Predicted against measured latency: `python tests/benchmarks/latency_prediction.py`.
 
-Every model is profiled once. Then the float file and the artifact that `octavo compile` makes are
-timed in turns, in runs the profile knows nothing of, beside what the profile predicts for both.
+Every model is profiled once. The float file and the artifact that `octavo compile` makes are timed
+in turns, in runs the profile knows nothing of, beside what the profile predicts for both. Other
+work on the machine slows whole minutes: measured is the least of the medians of benches that lie
+seconds apart, and the last column, the error of the speed-up, does not depend on the pace.
 Exit code 3 when fewer than nine of eleven models are within 15 %.
 """
 
 from __future__ import annotations
 
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +38,7 @@ from octavo.passes.base import PassContext
 from octavo.passes.latency import predicted_seconds
 from octavo.passes.pipeline import Pipeline
 
-_LIMIT, _WITHIN = 0.15, 9
+_LIMIT, _WITHIN, _BENCHES = 0.15, 9, 3
 
 
 @final
@@ -59,6 +62,7 @@ def predict(case: Case, folder: Path, threads: int) -> list[Row]:
     source = read(path)
     shapes = case.speeds[0].shapes
     feed = random_feed(source, shapes)
+    early = bench([path], feed, threads=threads, seconds_limit=1).rows[0].median_seconds
     with ThreadPoolExecutor(1) as executor:
         ctx = PassContext(
             target=ORT_CPU,
@@ -78,11 +82,17 @@ def predict(case: Case, folder: Path, threads: int) -> list[Row]:
         request=Request(shapes=shapes, threads=threads),
         workdir=folder / "compile",
     )
-    timed = bench([path, compiled.artifact.path], feed, threads=threads, seconds_limit=4)
+    files = [path, compiled.artifact.path]
+    measured = [early, float("inf")]
+    for _ in range(_BENCHES):
+        timed = bench(files, feed, threads=threads, seconds_limit=2)
+        found = (row.median_seconds for row in timed.rows)
+        measured = [min(pair) for pair in zip(measured, found, strict=True)]
+        time.sleep(1)
     plans = {"float": Plan({}, ""), "octavo compile": compiled.model.fact(Plan)}
     return [
-        Row(name, predicted_seconds(model, plan, profiled.cost, ORT_CPU), row.median_seconds)
-        for (name, plan), row in zip(plans.items(), timed.rows, strict=True)
+        Row(name, predicted_seconds(model, plan, profiled.cost, ORT_CPU), seconds)
+        for (name, plan), seconds in zip(plans.items(), measured, strict=True)
     ]
 
 
@@ -94,7 +104,9 @@ def main(
 ) -> None:
     """Print predicted and measured latency of every model; models not fetched are skipped."""
     console = Console(width=None if Console().is_terminal else 120)
-    table = Table("model", "file", "predicted", "measured", "error", title=environment(threads))
+    table = Table(
+        "model", "file", "predicted", "measured", "error", "of speed", title=environment(threads)
+    )
     errors: list[float] = []
     for case in (case for case in CASES if not models or case.name in models):
         with tempfile.TemporaryDirectory(prefix="octavo-bench-") as folder:
@@ -106,8 +118,9 @@ def main(
                 continue
         for row in rows:
             cells = f"{row.predicted * 1e3:.3f} ms", f"{row.measured * 1e3:.3f} ms"
-            table.add_row(case.name, row.file, *cells, f"{row.error:+.1%}")
-            console.print(case.name, row.file, *cells, f"{row.error:+.1%}")
+            speed = f"{(1 + rows[0].error) / (1 + row.error) - 1:+.1%}" if row != rows[0] else ""
+            table.add_row(case.name, row.file, *cells, f"{row.error:+.1%}", speed)
+        console.print(f"{case.name} is done")
         errors.append(max(abs(row.error) for row in rows))
     console.print(table)
     within = sum(error <= _LIMIT for error in errors)

@@ -219,5 +219,37 @@ def test_what_moves_between_kernels_belongs_to_the_planned_node() -> None:
     assert with_neighbours(model, plan, before, after) == {"m": pytest.approx(14.5)}
 
 
+def test_a_machine_that_changes_its_pace_does_not_change_ratios(
+    octavo: Octavo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Float takes 20 µs, then 30, then 10; every other kernel half of float beside it."""
+    text = """<ir_version: 10, opset_import: ["" : 21]> g (float[4,64] x) => (float[4,64] y)
+        { [m] y = MatMul (x, w) }"""
+    proto = onnx.parser.parse_model(text)
+    weight = np.ones((64, 64), np.float32)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    onnx.save(proto, tmp_path / "m.onnx")
+    paces = iter((20e-6, 30e-6, 10e-6))
+
+    def timed(artifacts: Any, *_: Any, **__: Any) -> list[Timing]:
+        pace = next(paces)
+        seconds = (pace, pace / 2)[: len(artifacts)]
+        return [Timing(s, {"m": s}, {}) for s in seconds]
+
+    monkeypatch.setattr("octavo.cli.profiling.time_nodes", timed)
+    kinds = ("static", "dynamic", "weight-only:s4/block32")
+    path = tmp_path / "device.json"
+    options = [option for kind in kinds for option in ("--kind", kind)]
+    result = octavo("profile", tmp_path / "m.onnx", "-o", path, "--seconds", "0", *options)
+    assert result.code == 0, result.err
+    (row,) = read_table(path).rows.values()
+    # The best pace is the one that stays, in the file and in the cache.
+    assert row.pop("float") == pytest.approx(10e-6)
+    assert list(row.values()) == pytest.approx([5e-6] * 3)
+    again = tmp_path / "again.json"
+    assert octavo("profile", tmp_path / "m.onnx", "-o", again, *options).code == 0
+    assert read_table(again) == read_table(path)
+
+
 def test_the_error_of_a_prediction_is_relative() -> None:
     assert Check("float", 3.0, 2.0).error == pytest.approx(0.5)
