@@ -102,9 +102,9 @@ def _weighted(model: Model, ctx: PassContext) -> dict[str, OfferedRounding]:
 
 def _ends(node: onnx_ir.Node, blocks: Mapping[str, Block]) -> Block:
     """The block around a node, or the node itself as one."""
-    read = next((v for v in node.inputs if v is not None and v.const_value is None), None)
-    made = node.outputs[0]
-    own = Block((read.name or "") if read is not None else "", made.name or "")
+    read = next(v for v in node.inputs if v is not None and v.const_value is None)
+    made = next(v for v in node.outputs if v.name)
+    own = Block(read.name or "", made.name or "")
     return blocks.get(node.name or "", own)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, final
 import numpy as np
 
 from octavo.ir.calibration import first_samples, samples_of
+from octavo.ir.errors import NotDifferentiable
 from octavo.passes.activation_rounding import ActivationRounding
 from octavo.passes.groups import weight_source
 from octavo.passes.offered_rounding import offered_roundings
@@ -63,9 +64,14 @@ class Curvatures:
         """Labels where the data has them and the first output is classes, else drawn labels.
 
         Where the first output is no distribution over classes: Gauss-Newton of all outputs.
+        Raises NotDifferentiable where no output is of floats.
         """
         feeds = tuple(first_samples(batches, limit))
         damage = OutputDamage.of(model, metric)
+        if not damage.kinds:
+            node = model.graph.outputs[0].producer()
+            what, name = (node.op_type, node.name or "") if node is not None else ("input", "")
+            raise NotDifferentiable(what, name, model.source.name)
         logits = _logits(model, damage)
         labels = _fitting(batches.labels, logits, sum(map(samples_of, feeds)))
         outputs = tuple(damage.kinds) if logits is None else (logits.name or "",)
@@ -95,11 +101,14 @@ class Curvatures:
         from octavo.ir.torch_traces import fisher_diagonal
 
         graph = differentiable(self.model, self.outputs)
+        weights = sorted(self.weights & graph.parameters.keys())
+        if not weights:
+            return {}
         with one_thread():
             return fisher_diagonal(
                 graph,
                 _Watched(self.ctx, "gradients", self.feeds),
-                sorted(self.weights & graph.parameters.keys()),
+                weights,
                 likelihood=self.likelihood,
                 labels=self.labels,
                 seed=self.ctx.seed,
@@ -119,11 +128,14 @@ class Curvatures:
         else:
             outputs, loss = self.outputs, cross_entropy(self.outputs[0], _LABELS)
         graph = differentiable(self.model, outputs)
+        weights = sorted(self.weights & graph.parameters.keys())
+        if not weights:
+            return {}
         with one_thread():
             return hutchinson_trace(
                 graph,
                 _Watched(self.ctx, "second derivatives", tuple(self._labelled())),
-                sorted(self.weights & graph.parameters.keys()),
+                weights,
                 loss,
                 draws=draws,
                 seed=self.ctx.seed,

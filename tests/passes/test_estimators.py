@@ -473,6 +473,40 @@ def test_operators_without_gradients_are_named(
         _found(name, offered, pass_context, data)
 
 
+@pytest.mark.parametrize("name", ["fisher", "lampq", "hessian"])
+def test_whole_numbers_have_no_gradients(
+    name: str, weights: Mapping[str, Array], pass_context: PassContext, data: Data
+) -> None:
+    text = _NETWORK.replace("(float[N,5] y)", "(int64[N,1] y)").replace("[m4] y =", "[m4] z =")
+    text = text.replace("}\n", "[best] y = ArgMax <axis: int = 1> (z)\n}\n")
+    with pytest.raises(NotDifferentiable, match="ArgMax of node 'best'"):
+        _found(name, _offered(text, weights, pass_context), pass_context, data)
+
+
+@pytest.mark.parametrize("name", list(ESTIMATORS))
+def test_models_without_weights_have_nothing_to_damage(
+    name: str, pass_context: PassContext, data: Data
+) -> None:
+    text = """<ir_version: 10, opset_import: ["" : 21]>
+    g (float[N,6] x) => (float[N,6] y) { y = Relu (x) }"""
+    found = _found(name, _offered(text, {}, pass_context), pass_context, data)
+    assert found.by_group == {}
+
+
+@pytest.mark.parametrize("name", list(ESTIMATORS))
+def test_weights_that_no_output_depends_on_do_no_damage_to_it(
+    name: str, weights: Mapping[str, Array], pass_context: PassContext, data: Data
+) -> None:
+    text = _NETWORK.replace("(float[N,5] y)", "(float[N,5] y, int64[N,1] best)")
+    text = text.replace("float[8,5] last = {0}>", "float[8,5] last = {0}, float[6,4] other = {0}>")
+    more = "[v5] v = Neg (x)\n[m5] z = MatMul (v, other)\n[best] best = ArgMax <axis: int = 1> (z)"
+    text = text.replace("}\n", f"{more}\n}}\n")
+    held = {**weights, "other": np.random.default_rng(1).standard_normal((6, 4)).astype(np.float32)}
+    found = _found(name, _offered(text, held, pass_context), pass_context, data)
+    by_outputs = name in ("measured", "fisher", "lampq", "hessian")
+    assert (_storage(found, "m5", 3) == 0) == by_outputs
+
+
 def test_unknown_estimators_have_near_misses() -> None:
     with pytest.raises(UnknownName, match="layer-error"):
         estimator("layer-eror")
