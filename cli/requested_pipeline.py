@@ -12,14 +12,26 @@ from octavo.passes.registry import PASSES
 
 def pipeline_of(request: Request, calibrated: bool) -> Pipeline:
     """The preset or text that was asked for, with the float patterns of the request."""
+    _check(request)
     default = "mixed" if request.planned else "int8" if calibrated else "int8-dynamic"
     name = request.pipeline or default
     is_text = name in PASSES or any(mark in name for mark in ",{")
     pipeline = Pipeline.parse(name if is_text else preset(name))
-    if request.planned and not any(p.name == Allocate.name for p in pipeline.passes):
+    allocates = any(p.name == Allocate.name for p in pipeline.passes)
+    if request.planned and not allocates:
         message = f"budgets need a pipeline that allocates, '{name}' does not"
         raise UsageError(message, hint="leave the pipeline out, or use the preset mixed")
+    if request.profile and not allocates:
+        message = "a recorded profile decides only where there is a budget"
+        raise UsageError(message, hint="give a budget, as --size 20%, or --pipeline mixed")
     return _configured(pipeline, request)
+
+
+def _check(request: Request) -> None:
+    """Refuse a metric that would never be asked."""
+    if not request.max_drop and (request.metric or request.goal != Request().goal):
+        message = "a metric and a goal need to be told how far the metric may fall"
+        raise UsageError(message, hint="give --max-drop")
 
 
 def _configured(pipeline: Pipeline, request: Request) -> Pipeline:
