@@ -161,7 +161,7 @@ def initializers(group: OfferedRounding) -> dict[str, tuple[str, bool]]:
     return found
 
 
-def changes(group: OfferedRounding, offer: Offer) -> dict[str, NDArray[np.float64]]:
+def changes(group: OfferedRounding, offer: Offer) -> dict[str, NDArray[np.float32]]:
     """What an offer adds to every initializer of a group, in its own shape.
 
     One that nodes read in several ways counts once.

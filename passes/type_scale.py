@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from octavo.passes.output_damage import Metric
 
 _LAYERS_PER_TYPE = 2
+# Measuring costs more than the gradients do. The standard error of the mean over so few samples,
+# often a third of it, is part of every estimate.
+_SAMPLES = 32
 
 
 @final
@@ -47,14 +50,15 @@ def type_scales(
 
     LampQ's type factor (arXiv 2511.10004, "type-aware" sensitivity), with the damage of the
     outputs in place of an accuracy drop, which would need labels. `scores` and `offers`, by
-    group, are those of the offer that the score stands for; only its weights are rounded.
+    group, are those of the offer that the score stands for; only its weights are rounded. At
+    most 32 samples are run.
     """
     by_role: dict[str, list[str]] = defaultdict(list)
     for name in offers:
         by_role[model.fact(Menu).groups[name].role].append(name)
     chosen = {role: _spread(names, _LAYERS_PER_TYPE) for role, names in by_role.items()}
     layers = {name: _stored(offers[name]) for names in chosen.values() for name in names}
-    measured = _measured(model, ctx, batches, limit, metric, layers)
+    measured = _measured(model, ctx, batches, min(limit, _SAMPLES), metric, layers)
     found: dict[str, Damage] = {}
     for role, names in by_role.items():
         some = [measured[name] for name in chosen[role]]

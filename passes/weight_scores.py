@@ -41,9 +41,9 @@ def relative_error(rounding: OfferedRounding, offer: Offer) -> float:
     return error / power if power else 0.0
 
 
-def change(before: NDArray[np.generic], after: NDArray[np.generic]) -> NDArray[np.float64]:
-    """What rounding adds to a weight, in double precision."""
-    return after.astype(np.float64) - before.astype(np.float64)
+def change(before: NDArray[np.generic], after: NDArray[np.generic]) -> NDArray[np.float32]:
+    """What rounding adds to a weight, its type apart."""
+    return after.astype(np.float32, copy=False) - before.astype(np.float32, copy=False)
 
 
 def squared(array: NDArray[Any]) -> float:
