@@ -84,13 +84,10 @@ def _called(text: str, function: Callable[[Run], Any], run: Run) -> float:
         raise UsageError(
             f"the metric '{text}' fails", why=why, hint=f"it must be {_FORM}"
         ) from error
-    shape = np.shape(value)
-    if (
-        shape
-        or isinstance(value, str | bytes | bool)
-        or not isinstance(value, int | float | np.number)
-    ):
-        why = f"it returns {type(value).__name__} of shape {list(shape)}"
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        shape = getattr(value, "shape", None)
+        of_shape = "" if shape is None else f" of shape {list(shape)}"
+        why = f"it returns {type(value).__name__}{of_shape}"
         raise UsageError(
             f"the metric '{text}' gives no single number", why=why, hint=f"it must be {_FORM}"
         )
