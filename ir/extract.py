@@ -25,10 +25,12 @@ def extract(model: Model, inputs: Iterable[str], outputs: Sequence[str]) -> Mode
     own = model.clone()
     graph = own.graph
     values = values_by_name(own)
+    inputs = tuple(inputs)
     for name in (*inputs, *outputs):
         if name not in values:
             raise UnknownName("value", name, values)
     fed = [_fed(graph, values[name]) for name in dict.fromkeys(inputs)]
+    values |= {value.name or "": value for value in fed}
     graph.outputs.clear()
     graph.outputs.extend(values[name] for name in outputs)
     RemoveUnusedNodesPass()(own.ir)
