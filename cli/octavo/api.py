@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 if TYPE_CHECKING:
     from octavo.backends.ort_session import Session
@@ -12,6 +12,33 @@ if TYPE_CHECKING:
     from octavo.ir.cache import Cache
     from octavo.ir.calibration import Batches
     from octavo.ir.model import Model
+
+
+class Budgets(TypedDict, total=False):
+    """What a plan must keep to, as on the command line; see `octavo compile --help`.
+
+    `size` ("25%", "4.9MB"), `latency` ("3ms", "0.5x"), `memory`, `bops` and `max_damage` are the
+    most that may be used; to minimise size or latency, give `max_damage`. `max_drop` ("1%", or
+    "0.01") asks for the smallest or fastest artifact (`goal`) whose metric falls by no more on
+    held-out samples: top-1 accuracy by the labels of the data, or the function that `metric` names
+    ("module:function"). `profile` is the path of a recorded table, `refine_seconds` bounds the
+    search around the plan, `estimator` says how damage is found. `top_k` plans and `pareto` points
+    of the curve of damage against size are kept.
+    """
+
+    size: str
+    latency: str
+    memory: str
+    bops: str
+    max_damage: float | None
+    max_drop: str
+    metric: str
+    goal: Literal["smallest", "fastest"]
+    profile: str
+    refine_seconds: float
+    estimator: str
+    top_k: int
+    pareto: int
 
 
 def compile(  # noqa: A001  (the public verb; nothing here needs the builtin)
@@ -29,6 +56,8 @@ def compile(  # noqa: A001  (the public verb; nothing here needs the builtin)
     max_recurrent_error: float = 0.02,
     min_agreement: float = 0.6,
     cache: Cache | None = None,
+    minimise: Literal["damage", "size", "latency"] = "damage",
+    **budgets: Unpack[Budgets],
 ) -> Compiled:
     """Compile a model and return it with its evidence; `.save("out/")` writes the artifact.
 
@@ -36,7 +65,11 @@ def compile(  # noqa: A001  (the public verb; nothing here needs the builtin)
     (`.npz`, folder), a mapping of arrays whose first axis counts samples, or an iterable of
     feeds. `pipeline` is a preset or a pipeline text, empty for the preset the data allows.
     `shapes` gives input shapes to measure latency with; `max_recurrent_error` and `min_agreement`
-    bound what dynamic kernels may change (see `Request`). Raises OctavoError.
+    bound what dynamic kernels may change (see `Request`).
+
+    With `budgets` (see `Budgets`) or goals one plan decides for the whole graph, and `minimise` is
+    what it makes least; what a goal misses is in `Compiled.missed`. Raises OctavoError,
+    BudgetInfeasible among them.
     """
     from octavo.cli.compilation import compile_model
     from octavo.cli.request import Request
@@ -54,6 +87,8 @@ def compile(  # noqa: A001  (the public verb; nothing here needs the builtin)
         measure=measure,
         max_recurrent_error=max_recurrent_error,
         min_agreement=min_agreement,
+        objective=minimise,
+        **budgets,
     )
     return compile_model(source, calibration=batches, request=request, cache=cache)
 
