@@ -108,14 +108,19 @@ def _meeting(op_type: str) -> Callable[[Model, Nodes, Target], Iterator[Nodes]]:
 
 
 def _linear_behind(value: onnx_ir.Value | None, linear: set[int]) -> onnx_ir.Node | None:
-    """The linear node that computes a value, behind what carries it (a sum: its last branch)."""
-    node = value.producer() if value is not None else None
-    while node is not None and id(node) not in linear:
-        if node.op_type not in _CARRIERS or node.domain:
-            return None
-        made = [v.producer() for v in node.inputs if v is not None and v.const_value is None]
-        node = made[0] if made else None
-    return node
+    """The linear node that computes a value, behind what carries it (a sum: the first found)."""
+    pending, seen = [value], set[int]()
+    while pending:
+        front = pending.pop()
+        node = front.producer() if front is not None else None
+        if node is None or id(node) in seen:
+            continue
+        if id(node) in linear:
+            return node
+        seen.add(id(node))
+        if node.op_type in _CARRIERS and not node.domain:
+            pending.extend(v for v in reversed(node.inputs) if v is not None)
+    return None
 
 
 _RULES: Mapping[Tie, Callable[[Model, Nodes, Target], Iterator[Nodes]]] = {
