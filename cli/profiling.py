@@ -279,7 +279,8 @@ class _Work:
     def _settle(self, factor: float) -> None:
         """Scale what is new to the least of all times that float was measured at.
 
-        Other work on the machine slows all of a minute, and only ever adds time. Only where float is new as well: other figures of this device rest on what is known.
+        Other work on the machine slows whole minutes, and only ever adds time. Nothing changes
+        unless all of float is new: other figures of this device rest on what is known.
         """
         known = {text for text, row in self.rows.items() if "float" in row}
         if not all((text, "float") in self.fresh for text in known):
