@@ -169,7 +169,8 @@ class _Study:
 
     def resumed(self, job: _Job) -> Mapping[str, Damage]:
         """The damages of a job, from the cache where it was done before."""
-        key = cache_key("damage job", self.digest, *job.suffix.boundary, *job.trials)
+        read = (*job.suffix.boundary, *job.constants)
+        key = cache_key("damage job", self.digest, repr(read), *job.trials)
         cache = self.ctx.cache
         stored = cache.get(key) if cache is not None else None
         if stored is not None:
