@@ -9,6 +9,7 @@ import onnx_ir
 from octavo.ir.errors import UnknownName
 from octavo.ir.fake_quant import declare_functions
 from octavo.ir.model import Model
+from octavo.ir.subgraphs import subgraphs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -20,8 +21,6 @@ def extract(model: Model, inputs: Iterable[str], outputs: Sequence[str]) -> Mode
     An input may be a constant, which the caller then feeds; graph inputs that are still needed
     stay inputs. Facts do not carry over. Raises UnknownName for a value the model lacks.
     """
-    from onnx_ir.passes.common import RemoveUnusedNodesPass
-
     own = model.clone()
     graph = own.graph
     values = values_by_name(own)
@@ -33,12 +32,40 @@ def extract(model: Model, inputs: Iterable[str], outputs: Sequence[str]) -> Mode
     values |= {value.name or "": value for value in fed}
     graph.outputs.clear()
     graph.outputs.extend(values[name] for name in outputs)
-    RemoveUnusedNodesPass()(own.ir)
-    used = [v for v in graph.inputs if v.uses() or v.is_graph_output()]
+    read = _needed(graph)
+    used = [value for value in graph.inputs if id(value) in read]
+    for name in [n for n, value in graph.initializers.items() if id(value) not in read]:
+        graph.initializers.pop(name)
     graph.inputs.clear()
     graph.inputs.extend([*used, *(v for v in fed if v not in used)])
     declare_functions(own.ir)
     return Model(own.ir, model.source)
+
+
+def read_by(node: onnx_ir.Node) -> list[onnx_ir.Value]:
+    """What a node reads, in the bodies of If, Loop and Scan too."""
+    values = [value for value in node.inputs if value is not None]
+    for attribute in node.attributes.values():
+        for graph in subgraphs(attribute):
+            values += [v for inner in graph.all_nodes() for v in inner.inputs if v is not None]
+            values.extend(list(graph.outputs))
+    return values
+
+
+def _needed(graph: onnx_ir.Graph) -> set[int]:
+    """Remove the nodes no output depends on; the ids of all values that are still read.
+
+    The body of a removed node would count among the uses of what it captured.
+    """
+    read = set(map(id, graph.outputs))
+    unused = []
+    for node in reversed(list(graph)):
+        if any(id(value) in read for value in node.outputs):
+            read.update(map(id, read_by(node)))
+        else:
+            unused.append(node)
+    graph.remove(unused)
+    return read
 
 
 def values_by_name(model: Model) -> dict[str, onnx_ir.Value]:

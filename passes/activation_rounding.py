@@ -56,6 +56,8 @@ class ActivationRounding:
 
     def blocks(self, array: NDArray[Any], size: int) -> Array:
         """On a symmetric s8 grid per `size` entries of the last axis, as MatMulNBits does."""
+        if array.size == 0:
+            return array
         spec = QuantSpec("s8", PerBlock(array.ndim - 1, size), symmetric=True)
         return round_weight(array, spec)
 

@@ -59,6 +59,9 @@ class Allocate(Pass):
     def run(self, model: Model, ctx: PassContext) -> Model:
         from octavo.passes.solve import solve
 
+        if not model.fact(Menu).offers:
+            ctx.remark("note", "", "nothing to decide: the target offers no option for any node")
+            return _undecided(model, self.objective, ctx)
         planning = Planning(model, ctx)
         full = planning.programme
         programme = full if self.memory else replace(full, memory_rows=())
@@ -72,10 +75,21 @@ class Allocate(Pass):
             ctx.remark("note", "", f"no --latency: at most {_SLACK}x the fastest plan's seconds")
         answers = self._answers(programme, objective, limits)
         curve = self._curve(programme, limits)
-        best = answers[0]
         ctx.count("groups", len(full.groups))
-        ctx.count("dominated offers", best.dominated)
-        menu = model.fact(Menu)
+        ctx.count("dominated offers", answers[0].dominated)
+        return self._decided(model, ctx, full, limits, answers, curve)
+
+    def _decided(
+        self,
+        model: Model,
+        ctx: PassContext,
+        full: Programme,
+        limits: Mapping[str, float],
+        answers: tuple[Answer, ...],
+        curve: tuple[Answer, ...],
+    ) -> Model:
+        """The model with the plan of the first answer, and how it was found."""
+        best, menu = answers[0], model.fact(Menu)
         solution = Solution(
             status=best.status,
             objective=self.objective,
@@ -138,6 +152,13 @@ class Allocate(Pass):
         return pareto(
             programme, "bytes", self.pareto, others, gap=1e-3, time_limit_seconds=max(each, 1.0)
         )
+
+
+def _undecided(model: Model, objective: str, ctx: PassContext) -> Model:
+    """The plan of a model without groups."""
+    totals = {"bytes": float(model.fact(Menu).fixed_bytes), "damage": 0.0, "seconds": 0.0}
+    nothing = Solution("optimal", objective, 0.0, 0.0, "none", {}, totals, {})
+    return model.with_fact(Plan({}, ctx.cost.source)).with_fact(nothing)
 
 
 def names_of(menu: Menu, choice: Mapping[str, int]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, final
@@ -55,7 +56,7 @@ class OutputDamage:
         """
         total = np.zeros(samples)
         for name, kind in self.kinds.items():
-            if name in actual:
+            if name in actual and expected[name].size:
                 total += _SCORES[kind](_rows(expected[name], samples), _rows(actual[name], samples))
         return total
 
@@ -83,7 +84,8 @@ def _rows(array: NDArray[np.generic], samples: int) -> NDArray[np.float64]:
     wide = array.astype(np.float64)
     last = wide.shape[-1] if wide.ndim else 1
     own = wide.ndim > 1 and wide.shape[0] == samples
-    return wide.reshape(samples if own else 1, -1, last)
+    middle = wide.shape[1:-1] if own else wide.shape[:-1]
+    return wide.reshape(samples if own else 1, math.prod(middle), last)
 
 
 def _divergence(log_p: NDArray[np.float64], log_q: NDArray[np.float64]) -> NDArray[np.float64]:

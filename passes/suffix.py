@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, final
 
-from octavo.ir.extract import extract
-from octavo.ir.subgraphs import subgraphs
+from octavo.ir.extract import extract, read_by
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -32,7 +31,7 @@ class Flow:
         """Ids of the values that depend on a graph input; all others are constants."""
         known = {id(value) for value in self.model.graph.inputs}
         for node in self.model.graph:
-            if any(id(value) in known for value in _read(node)):
+            if any(id(value) in known for value in read_by(node)):
                 known.update(id(value) for value in node.outputs)
         return frozenset(known)
 
@@ -42,10 +41,10 @@ class Flow:
         made: set[int] = set()
         members = []
         for node in self.model.graph:
-            if id(node) in inside or any(id(value) in made for value in _read(node)):
+            if id(node) in inside or any(id(value) in made for value in read_by(node)):
                 members.append(node)
                 made.update(id(value) for value in node.outputs)
-        read = {id(v): v for node in members for v in _read(node) if id(v) not in made}
+        read = {id(v): v for node in members for v in read_by(node) if id(v) not in made}
         boundary = [v.name or "" for k, v in read.items() if k in self.variable]
         outputs = [v.name or "" for v in self.model.graph.outputs if id(v) in made]
         return Suffix(self.model, frozenset(n.name or "" for n in members), boundary, outputs)
@@ -74,12 +73,3 @@ class Suffix:
         given = set(inputs)
         wanted = [name for name in self.boundary if name not in given]
         return extract(self.model, (), wanted) if wanted else None
-
-
-def _read(node: onnx_ir.Node) -> list[onnx_ir.Value]:
-    """What a node reads, in the bodies of If, Loop and Scan too."""
-    values = [value for value in node.inputs if value is not None]
-    for attribute in node.attributes.values():
-        for graph in subgraphs(attribute):
-            values += [v for inner in graph.all_nodes() for v in inner.inputs if v is not None]
-    return values
