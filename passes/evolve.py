@@ -15,6 +15,7 @@ Choice = Mapping[str, int]
 Fitness = Callable[[Sequence[Choice], int], Sequence[float]]
 
 _MOST_FLIPS = 3
+_MOST_LOWERED = 10
 _TRIES = 20
 _PATIENCE = 8
 
@@ -32,13 +33,19 @@ class Space:
     feasible: Callable[[Choice], bool]
 
     def mutated(self, parent: Choice, rng: np.random.Generator) -> Choice | None:
-        """A feasible neighbour: some groups one level lower, as many others one higher."""
+        """A feasible neighbour: some groups one level higher, then others lower until it fits.
+
+        Groups differ in size, so that one step up may take several down (EvoPress without size
+        groups).
+        """
         for _ in range(_TRIES):
             child = dict(parent)
-            flips = int(min(rng.integers(1, _MOST_FLIPS + 1, 2)))
-            for _ in range(flips):
-                self._step(child, rng, -1)
+            for _ in range(int(min(rng.integers(1, _MOST_FLIPS + 1, 2)))):
                 self._step(child, rng, +1)
+            for _ in range(_MOST_LOWERED):
+                if self.feasible(child):
+                    break
+                self._step(child, rng, -1)
             if child != parent and self.feasible(child):
                 return child
         return None
