@@ -151,9 +151,9 @@ class Comparison:
         model = Pipeline((Canonicalize(), offers)).run(source, ctx).model
         return Comparison(model, ctx, HeldOut.of(source, ctx, feeds, task))
 
-    def cells(self, widths: Sequence[int]) -> Iterator[Cell]:
-        """All rows of all widths."""
-        estimated = {row: self._estimated(name) for row, (name, _) in _ESTIMATED.items()}
+    def cells(self, widths: Sequence[int], rows: Sequence[str]) -> Iterator[Cell]:
+        """Uniform, size-greedy and the named rows, of all widths."""
+        estimated = {row: self._estimated(_ESTIMATED[row][0]) for row in rows}
         menu = _rounded_only(self.model.fact(Menu))
         rounded = self._rounded(menu)
         for bits in widths:
@@ -163,9 +163,9 @@ class Comparison:
             begin = time.perf_counter()
             plan: Choice | str = _greedy(menu, limit)
             yield self._cell(menu, rounded, "size-greedy", bits, plan, time.perf_counter() - begin)
-            for row, (_, passes) in _ESTIMATED.items():
+            for row in rows:
                 begin = time.perf_counter()
-                plan = self._planned(menu, estimated[row], limit, passes)
+                plan = self._planned(menu, estimated[row], limit, _ESTIMATED[row][1])
                 yield self._cell(menu, rounded, row, bits, plan, time.perf_counter() - begin)
 
     def _cell(
@@ -293,9 +293,17 @@ def _show(console: Console, name: str, cells: Sequence[Cell], metric: str, score
     return met
 
 
+def _save(output: Path | None, results: Mapping[str, Sequence[Cell]]) -> None:
+    """What is known so far."""
+    if output is not None:
+        content = {name: [cell.to_json() for cell in cells] for name, cells in results.items()}
+        output.write_text(json.dumps(content, indent=2) + "\n")
+
+
 def main(
     models: Annotated[list[str] | None, typer.Option(help="A model; repeatable.")] = None,
     bits: Annotated[list[int] | None, typer.Option(help="A width; repeatable.")] = None,
+    without: Annotated[list[str] | None, typer.Option(help="A row to leave out.")] = None,
     output: Annotated[Path | None, typer.Option("--json", help="Write the results there.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Keep measured damages there.")] = None,
 ) -> None:
@@ -303,9 +311,11 @@ def main(
     chosen, widths = models or list(_MODELS), bits or list(_BITS)
     if unknown := sorted(set(chosen) - set(_MODELS)) + sorted(set(map(str, widths)) - _KNOWN_BITS):
         raise typer.BadParameter(f"{', '.join(unknown)}; known are {', '.join(_MODELS)}, 2 to 8")
+    rows = [row for row in _ESTIMATED if row == _OURS or row not in (without or ())]
     console = Console(width=None if Console().is_terminal else 140)
     cases = {case.name: case for case in CASES}
-    results, met = {}, True
+    results: dict[str, list[Cell]] = {}
+    met = True
     for name in chosen:
         with (
             tempfile.TemporaryDirectory(prefix="octavo-bench-") as folder,
@@ -316,13 +326,14 @@ def main(
                 cache=Cache(cache) if cache is not None else None,
             )  # fmt: skip
             comparison = Comparison.of(cases[name], ctx)
-            cells = list(comparison.cells(widths))
+            cells: list[Cell] = []
+            for cell in comparison.cells(widths, rows):
+                cells.append(cell)
+                _save(output, {**results, name: cells})
         held_out = comparison.held_out
         score = held_out.task.headline if held_out.task is not None else "score"
         met &= _show(console, name, cells, held_out.damage.text, score)
-        results[name] = [cell.to_json() for cell in cells]
-    if output is not None:
-        output.write_text(json.dumps(results, indent=2) + "\n")
+        results[name] = cells
     raise typer.Exit(0 if met else 3)
 
 
