@@ -87,7 +87,7 @@ def measured(model: Model, ctx: PassContext) -> float:
     quantized, rows = built(model, ctx), []
     for feed in Part(ctx.calibration, 1):
         truth = ctx.evaluator.run(_source(), feed)["y"].astype(np.float64)
-        error = ctx.evaluator.run(quantized, feed)["y"] - truth
+        error = ctx.evaluator.run(quantized, feed)["y"].astype(np.float64) - truth
         rows += list(np.square(error).sum((1, 2, 3)) / np.square(truth).sum((1, 2, 3)))
     return float(np.mean(rows))
 
@@ -172,8 +172,10 @@ def test_fed_weights_compute_what_the_built_plan_computes(
     for _ in range(4):
         choice = {**start, **{name: int(rng.choice(found)) for name, found in levels.items()}}
         plan = plan_of(menu, planned.fact(Sensitivity), choice, "")
-        expected = ctx.evaluator.run(built(planned.with_fact(plan), ctx), feed)["y"]
-        actual = rounded.run({**feed, **rounded.weights(choice)})["y"]
+        expected = ctx.evaluator.run(built(planned.with_fact(plan), ctx), feed)["y"].astype(
+            np.float64
+        )
+        actual = rounded.run({**feed, **rounded.weights(choice)})["y"].astype(np.float64)
         bound = FLOAT32_RELATIVE * float(np.abs(expected).max())
         np.testing.assert_allclose(actual, expected, rtol=0, atol=bound)
 
