@@ -53,7 +53,7 @@ class OfferOptions(Pass):
     preserves = (Fact,)
 
     bits: tuple[int, ...] = (8, 6, 5, 4, 3, 2)
-    blocks: tuple[int, ...] = (32, 128)
+    blocks: tuple[int, ...] = (32, 64, 128)
     static: bool = True
     dynamic: bool = True
     weight_only: bool = True
