@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
+from octavo.ir.facts import QuantizedInput, Ranges
 from octavo.passes.rewrite import only_reader, scalar
 
 if TYPE_CHECKING:
     import onnx_ir
 
-    from octavo.ir.facts import Ranges
     from octavo.ir.model import Model
     from octavo.ir.target import KernelRow, Target
+    from octavo.passes.base import PassContext
 
 
 @final
@@ -70,6 +71,25 @@ def calibrated(chain: Chain, ranges: Ranges) -> bool:
     """Whether every activation that the chain's kernel reads or writes has a range."""
     values = (*chain.operands, *chain.outputs)
     return all(v.const_value is not None or v.name in ranges.by_value for v in values)
+
+
+def static_chains(model: Model, ctx: PassContext, kept: Container[str]) -> Mapping[str, Chain]:
+    """Chains that may be static: calibrated, of no kept node, touching no quantized value.
+
+    Without calibrated ranges there is none, which a note says.
+    """
+    ranges, known = model.find(Ranges), model.find(QuantizedInput)
+    if ranges is None:
+        ctx.remark("note", "", "no calibrated ranges: no static integer kernels")
+        return {}
+    quantized = set(known.by_value) if known is not None else set()
+    return {
+        name: chain
+        for name, chain in find_chains(model, ctx.target).items()
+        if not any(m.name in kept for m in chain.members)
+        and calibrated(chain, ranges)
+        and quantized.isdisjoint(v.name for v in (*chain.operands, *chain.outputs))
+    }
 
 
 def bias_add(node: onnx_ir.Node) -> onnx_ir.Node | None:

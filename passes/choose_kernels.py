@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, final
 
 from octavo.ir.constants import constant_behind
-from octavo.ir.facts import FLOAT, Choice, Fact, Option, Plan, QuantizedInput, Ranges
+from octavo.ir.facts import FLOAT, Choice, Fact, Option, Plan
 from octavo.ir.quant import PerAxis, PerBlock, PerTensor, QuantSpec
 from octavo.passes.base import Pass, Statistic
-from octavo.passes.chains import bias_add, calibrated, find_chains, static_values
+from octavo.passes.chains import bias_add, static_chains, static_values
 from octavo.passes.partition import Edge, Item, integer_side
 from octavo.passes.patterns import select
 from octavo.passes.stored_once import without_float_copies
@@ -67,7 +67,7 @@ class ChooseKernels(Pass):
 
     def run(self, model: Model, ctx: PassContext) -> Model:
         kept = select(model, self.keep_float)
-        chains = self._candidates(model, ctx, kept)
+        chains = static_chains(model, ctx, kept) if self.static else {}
         total = sum(ctx.cost.seconds(node, "float") or 0.0 for node in model.graph)
         other = {n: min(self._seconds(c.head, ctx, total).values()) for n, c in chains.items()}
         integer = integer_side(*_problem(chains, other, total, ctx))
@@ -87,25 +87,6 @@ class ChooseKernels(Pass):
         for choice in choices.values():
             ctx.count(choice.option.method)
         return model.with_fact(Plan(choices, ctx.cost.source))
-
-    def _candidates(
-        self, model: Model, ctx: PassContext, kept: Mapping[str, str]
-    ) -> dict[str, Chain]:
-        ranges = model.find(Ranges)
-        if not self.static or ranges is None:
-            if self.static:
-                ctx.remark("note", "", "no calibrated ranges: no static integer kernels")
-            return {}
-        chains = find_chains(model, ctx.target)
-        known = model.find(QuantizedInput)
-        quantized = set(known.by_value) if known is not None else set()
-        return {
-            name: chain
-            for name, chain in chains.items()
-            if not any(m.name in kept for m in chain.members)
-            and calibrated(chain, ranges)
-            and quantized.isdisjoint(v.name for v in (*chain.operands, *chain.outputs))
-        }
 
     def _otherwise(
         self, node: onnx_ir.Node, candidate: bool, ctx: PassContext, total: float

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, final
 
-from octavo.ir.facts import FLOAT, Fact, Option, QuantizedInput, Ranges
+from octavo.ir.facts import FLOAT, Fact, Option
 from octavo.ir.menu import Group, Menu, Offer
 from octavo.ir.option_bytes import weight_bytes
 from octavo.ir.quant import PerAxis, PerBlock, PerTensor, QuantSpec
 from octavo.ir.target import Tie
 from octavo.passes.base import Pass, Statistic
-from octavo.passes.chains import calibrated, find_chains, static_values
+from octavo.passes.chains import static_chains, static_values
 from octavo.passes.fixed_bytes import fixed_bytes
 from octavo.passes.groups import find_groups
 from octavo.passes.patterns import select
@@ -70,7 +70,7 @@ class OfferOptions(Pass):
 
     def run(self, model: Model, ctx: PassContext) -> Model:
         kept = select(model, self.keep_float)
-        chains = self._chains(model, ctx, kept)
+        chains = static_chains(model, ctx, kept) if self.static else {}
         weighted = find_groups(model, ctx.target, self.ties)
         of_node = {node: group.name for group in weighted.values() for node in group.nodes}
         absorbed = {m.name for c in chains.values() for m in c.members[1:]}
@@ -89,23 +89,6 @@ class OfferOptions(Pass):
         known = {name: groups[name] for name in offers}
         fixed = fixed_bytes(model, (n for g in weighted.values() for n in g.nodes), ctx.target)
         return model.with_fact(Menu(known, offers, fixed, ctx.cost.source))
-
-    def _chains(
-        self, model: Model, ctx: PassContext, kept: Mapping[str, str]
-    ) -> Mapping[str, Chain]:
-        ranges, known = model.find(Ranges), model.find(QuantizedInput)
-        if not self.static or ranges is None:
-            if self.static:
-                ctx.remark("note", "", "no calibrated ranges: no static integer kernels")
-            return {}
-        quantized = set(known.by_value) if known is not None else set()
-        return {
-            name: chain
-            for name, chain in find_chains(model, ctx.target).items()
-            if not any(m.name in kept for m in chain.members)
-            and calibrated(chain, ranges)
-            and quantized.isdisjoint(v.name for v in (*chain.operands, *chain.outputs))
-        }
 
 
 @dataclass(frozen=True)
