@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -9,16 +10,19 @@ from typing import TYPE_CHECKING, Literal, final
 
 import numpy as np
 
+from octavo.ir.cache import cache_key
 from octavo.ir.calibration import Part, first_samples, samples_of
 from octavo.ir.facts import Fact, Plan
 from octavo.ir.menu import Menu, Sensitivity, Solution
+from octavo.ir.versions import versions
 from octavo.passes.allocate import choice_of, names_of, plan_of
 from octavo.passes.base import Pass
 from octavo.passes.evolve import Search, Space
-from octavo.passes.output_damage import Metric, OutputDamage
+from octavo.passes.output_damage import Metric, OutputDamage, summary
 from octavo.passes.planning import Planning
 from octavo.passes.programme import keeps
 from octavo.passes.rounded_model import RoundedModel
+from octavo.passes.spec import format_pass
 from octavo.passes.swaps import swapped
 
 if TYPE_CHECKING:
@@ -44,11 +48,12 @@ class Refine(Pass):
     **What it does.** `evolve` draws plans that keep to the budgets and evaluates each on half of
     the calibration data (EvoPress, arXiv 2410.14649); `swap` gives one group a level more and
     another one less, by their estimated damages (LampQ, arXiv 2511.10004). The other half
-    decides whether the best one found replaces the plan.
+    decides: the best one found replaces the plan where it saves more than one standard error.
     **Why.** Errors of several layers cancel or compound, which no sum of damages knows.
     **When it does not apply.** No group has two levels that round activations alike, or there
     is no data: a note.
-    **Cost and accuracy.** Bounded by `seconds`; the best plan so far is always kept.
+    **Cost and accuracy.** Bounded by `seconds`; the best plan so far is always kept. Where the
+    search ended is remembered, so that the same cache gives the same plan.
     """
 
     name = "refine"
@@ -73,20 +78,38 @@ class Refine(Pass):
             return model
         space = Space(levels, partial(_feasible, Planning(model, ctx), dict(solution.limits)))
         trial = Trials.of(model, ctx, batches, self, list(levels))
-        best = self._search(space, trial, ctx, start, model)
-        before, after = trial.final(start), trial.final(best)
+        key = self._key(model, batches, start, levels)
+        best = _known(ctx, key, menu) or self._search(space, trial, ctx, start, model)
+        if ctx.cache is not None:
+            ctx.cache.put(key, json.dumps(names_of(menu, best)).encode())
+        first, last = trial.final(start), trial.final(best)
+        before, after = float(first.mean()), float(last.mean())
+        saved = summary(first - last)
+        better = saved.mean > saved.standard_error
         ctx.count("plans evaluated", trial.evaluated)
         ctx.remark(
-            "applied" if after < before else "missed", "",
+            "applied" if better else "missed", "",
             f"measured damage on held-out samples: {before:.3e} before, {after:.3e} after",
             before=before, after=after,
         )  # fmt: skip
-        if after >= before:
+        if not better:
             return model
         totals = Planning(model, ctx).programme.totals(best)
         found = replace(solution, options=names_of(menu, best), totals=totals)
         plan = plan_of(menu, model.fact(Sensitivity), best, model.fact(Plan).source)
         return model.with_fact(plan).with_fact(found)
+
+    def _key(
+        self, model: Model, batches: Batches, start: Choice, levels: Mapping[str, list[int]]
+    ) -> str:
+        """What the search depends on; its end depends on the clock, so it is remembered."""
+        menu, solution = model.fact(Menu), model.fact(Solution)
+        parts = (
+            model.fingerprint, batches.sha256, format_pass(self), repr(sorted(levels.items())),
+            repr(sorted(names_of(menu, start).items())), repr(sorted(solution.limits.items())),
+            repr(sorted(versions().items())),
+        )  # fmt: skip
+        return cache_key("refine", *parts)
 
     def _search(
         self, space: Space, trial: Trials, ctx: PassContext, start: Choice, model: Model
@@ -99,6 +122,12 @@ class Refine(Pass):
             offspring=self.offspring, generations=self.generations, seconds=self.seconds,
         )  # fmt: skip
         return search.run(start, partial(ctx.progress, "refine"))
+
+
+def _known(ctx: PassContext, key: str, menu: Menu) -> Choice | None:
+    """Where the same search ended before."""
+    stored = ctx.cache.get(key) if ctx.cache is not None else None
+    return None if stored is None else choice_of(menu, json.loads(stored))
 
 
 def levels_of(menu: Menu, choice: Choice) -> dict[str, list[int]]:
@@ -149,17 +178,22 @@ class Trials:
         self.evaluated += len(new)
         return [self.known[key] for key in keys]
 
-    def final(self, choice: Choice) -> float:
-        """Damage of a choice on the half that decides."""
-        return self._measured(self.choose, choice)
+    def final(self, choice: Choice) -> NDArray[np.float64]:
+        """Damage of a choice per sample of the half that decides."""
+        return self._per_sample(self.choose, choice)
 
     def _measured(self, data: Sequence[tuple[Feed, Mapping[str, Array]]], choice: Choice) -> float:
+        return float(self._per_sample(data, choice).mean())
+
+    def _per_sample(
+        self, data: Sequence[tuple[Feed, Mapping[str, Array]]], choice: Choice
+    ) -> NDArray[np.float64]:
         weights = self.model.weights(choice)
         rows = [
             self.damage.per_sample(reference, self.model.run({**feed, **weights}), samples_of(feed))
             for feed, reference in data
         ]
-        return float(np.concatenate(rows).mean())
+        return np.concatenate(rows)
 
 
 def _methods(offer: Offer) -> tuple[str, ...]:
