@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import onnx.numpy_helper
 import onnx.parser
 import pytest
 
+from octavo.ir.cache import Cache
 from octavo.ir.calibration import Part
 from octavo.ir.facts import Plan
 from octavo.ir.menu import Menu, Sensitivity, Solution
@@ -132,6 +134,19 @@ def test_a_refined_plan_keeps_the_budgets(planned: Model, ctx: PassContext, meth
 def test_refining_twice_gives_the_same_plan(planned: Model, ctx: PassContext) -> None:
     first, second = (refined(planned, ctx).model for _ in range(2))
     assert first.fact(Plan) == second.fact(Plan)
+
+
+def test_where_the_search_ended_is_remembered(
+    planned: Model, ctx: PassContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = replace(ctx, cache=Cache(tmp_path / "cache"))
+    first = refined(planned, cached).model
+    monkeypatch.setattr(Refine, "_search", lambda *given: pytest.fail("searched again"))
+    again = refined(planned, cached).model
+    assert again.fact(Solution).options == first.fact(Solution).options
+    assert first.fact(Solution).options != planned.fact(Solution).options
+    with pytest.raises(pytest.fail.Exception, match="searched again"):
+        refined(planned, cached, generations=5)
 
 
 def test_a_plan_that_is_worse_on_the_half_that_decides_is_not_taken(
