@@ -82,9 +82,9 @@ def test_all_choices_are_found_then_no_more() -> None:
 
 def test_what_cannot_be_answered_is_refused() -> None:
     programme = random_programme(0)
-    with pytest.raises(BudgetInfeasible, match="no plan keeps bytes <= 1"):
+    with pytest.raises(BudgetInfeasible, match="no plan keeps --size 1B"):
         top_k(programme, 2, limits={"bytes": 1.0})
-    with pytest.raises(BudgetInfeasible, match="no plan keeps bytes <= 1"):
+    with pytest.raises(BudgetInfeasible, match="no plan keeps --size 1B"):
         pareto(programme, "seconds", 3, {"bytes": 1.0})
     with pytest.raises(UnknownName, match="unknown resource 'watts'"):
         pareto(programme, "watts", 3)

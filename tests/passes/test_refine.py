@@ -24,7 +24,7 @@ from octavo.passes.base import PassContext
 from octavo.passes.evolve import Space
 from octavo.passes.pipeline import Compilation, Pipeline
 from octavo.passes.planning import Planning
-from octavo.passes.refine import Refine, levels_of
+from octavo.passes.refine import Refine, Trials, levels_of
 from octavo.passes.rounded_model import RoundedModel
 from octavo.passes.swaps import swapped
 
@@ -162,6 +162,24 @@ def test_a_plan_that_is_worse_on_the_half_that_decides_is_not_taken(
     compilation = refined(planned, ctx)
     assert compilation.records[0].remarks[0].kind == "missed"
     assert compilation.model.fact(Plan) == planned.fact(Plan)
+
+
+@pytest.mark.parametrize(
+    ("saved", "kind"), [([0.1, 0.1, 0.1, 0.2], "applied"), ([2.0, 0.1, -0.1, -1.5], "missed")]
+)
+def test_a_plan_that_saves_less_than_the_noise_is_not_taken(
+    planned: Model, ctx: PassContext, monkeypatch: pytest.MonkeyPatch, saved: list[float], kind: str
+) -> None:
+    """Both save 0.125 of 3 in the mean; the standard errors are 0.025 and 0.72."""
+    start = choice_of(planned.fact(Menu), planned.fact(Solution).options)
+
+    def final(self: Trials, choice: Mapping[str, int]) -> Any:
+        return np.full(4, 3.0) - (0.0 if choice == start else np.array(saved))
+
+    monkeypatch.setattr(Trials, "final", final)
+    compilation = refined(planned, ctx)
+    assert compilation.records[0].remarks[0].kind == kind
+    assert (compilation.model.fact(Plan) != planned.fact(Plan)) == (kind == "applied")
 
 
 @pytest.mark.parametrize("options", [{"seconds": 0.0}, {"seconds": -1.0}])
