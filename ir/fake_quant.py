@@ -132,6 +132,46 @@ def fake_quant_node(
     return node
 
 
+def set_rounded(
+    graph: onnx_ir.Graph,
+    fake: onnx_ir.Node,
+    rounded: NDArray[np.float32],
+    params: QuantParams | None = None,
+) -> None:
+    """Let a FakeQuant read `rounded`, in the shape of its constant, and take `params` if given.
+
+    Values that lie on the grid pass the node unchanged, so that the codes of whoever chose them
+    are those that are emitted. The constant stays for other readers.
+    """
+    value = fake.inputs[0]
+    assert value is not None
+    name = f"{value.name or ''}.{fake.name}" if len(value.uses()) > 1 else value.name or ""
+    if params is not None:
+        _set_params(graph, fake, params, value)
+    if len(value.uses()) > 1:
+        fake.replace_input_with(0, constant(graph, name, rounded))
+    else:
+        value.const_value = onnx_ir.Tensor(np.asarray(rounded, np.float32), name=name)
+
+
+def _set_params(
+    graph: onnx_ir.Graph, fake: onnx_ir.Node, params: QuantParams, value: onnx_ir.Value
+) -> None:
+    """Scale and zero point, in the shapes that a fresh node would give them."""
+    fresh = fake_quant_node(value, params, f"{fake.name}_refit", graph)
+    for index in (1, 2):
+        old, new = fake.inputs[index], fresh.inputs[index]
+        assert old is not None
+        assert new is not None
+        old.const_value, old.shape = new.const_value, new.shape
+    for index in range(len(fresh.inputs)):
+        made = fresh.inputs[index]
+        fresh.replace_input_with(index, None)
+        if index and made is not None:
+            del graph.initializers[made.name or ""]
+    fake.attributes.update(fresh.attributes)
+
+
 def params_of(node: onnx_ir.Node) -> QuantParams:
     """The parameters a FakeQuant node carries, in the shape of its granularity."""
     spec = parse_spec(node.attributes["spec"].as_string())

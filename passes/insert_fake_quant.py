@@ -13,6 +13,7 @@ from octavo.ir.facts import Fact, Placement, Plan, Range, Ranges
 from octavo.ir.fake_quant import DOMAIN, OPTION, declare_functions, fake_quant_node
 from octavo.ir.mapped import reading
 from octavo.ir.quant import QuantParams, fitted, params_for_range, params_for_weight
+from octavo.ir.reference import Reference
 from octavo.passes.base import Pass
 
 if TYPE_CHECKING:
@@ -40,10 +41,11 @@ class InsertFakeQuant(Pass):
 
     name = "insert-fake-quant"
     requires = (Plan,)
-    produces = ()
+    produces = (Reference,)
     preserves = (Fact,)
 
     def run(self, model: Model, ctx: PassContext) -> Model:
+        reference = Reference(model.clone())
         placement = model.find(Placement) or Placement({}, {}, {})
         values = _values(model)
         params = _site_params(placement, values, model.find(Ranges))
@@ -54,7 +56,7 @@ class InsertFakeQuant(Pass):
         self._insert_weights(model, ctx)
         declare_functions(model.ir)
         model.graph.sort()
-        return model
+        return model.with_fact(reference)
 
     def _insert_weights(self, model: Model, ctx: PassContext) -> None:
         plan = model.fact(Plan)

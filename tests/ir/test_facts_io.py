@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from octavo import models
 from octavo.ir import facts
 from octavo.ir.errors import UsageError
 from octavo.ir.facts import (
@@ -28,7 +29,10 @@ from octavo.ir.facts import (
     Site,
 )
 from octavo.ir.facts_io import read_facts, write_facts
+from octavo.ir.menu import Group, Menu, Offer
 from octavo.ir.quant import PerAxis, PerBlock, QuantParams, QuantSpec
+from octavo.ir.read import read
+from octavo.ir.reference import Reference
 
 _U8 = QuantSpec("u8")
 _S8 = QuantSpec("s8", PerAxis(0), symmetric=True, used_bits=7)
@@ -101,6 +105,24 @@ def test_nothing_else_is_read(tmp_path: Path, content: str) -> None:
     (tmp_path / "facts.json").write_text(content, encoding="utf-8")
     with pytest.raises(UsageError, match="facts cannot be read"):
         read_facts(tmp_path)
+
+
+def test_facts_of_the_planner_and_a_reference_model_survive(tmp_path: Path) -> None:
+    group = Group("conv", ("conv",), role="Conv")
+    offer = Offer("static", {"conv": Option("static", _S8)}, 10, 1e-3, integer=True)
+    source = read(Path(models.__file__).parent / "fashion_mobile.onnx")
+    known: dict[type[Fact], Fact] = {
+        Menu: Menu({"conv": group}, {"conv": (offer,)}, 100, "analytic"),
+        Reference: Reference(source.with_fact(EXAMPLES[Ranges])),
+    }
+    write_facts(known, tmp_path)
+    again = read_facts(tmp_path)
+    _assert_same(again[Menu], known[Menu])
+    reference = again[Reference]
+    assert isinstance(reference, Reference)
+    assert reference.model.fingerprint == source.fingerprint
+    assert reference.model.source == source.source
+    _assert_same(reference.model.find(Ranges), EXAMPLES[Ranges])
 
 
 def test_a_pickle_is_not_unpacked(tmp_path: Path) -> None:

@@ -1,0 +1,22 @@
+"""What a compressed model is compared with: the same graph before anything was rounded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+from octavo.ir.facts import Fact
+
+if TYPE_CHECKING:
+    from octavo.ir.model import Model
+
+
+@final
+@dataclass(frozen=True)
+class Reference(Fact):
+    """The float model, whose nodes and values have the names they have in the compressed one.
+
+    Its tensors are those of the source, so that keeping it costs no memory.
+    """
+
+    model: Model
