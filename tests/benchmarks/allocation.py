@@ -145,7 +145,7 @@ class Comparison:
     def of(case: Case, ctx: PassContext) -> Comparison:
         path = case.model()
         source = read(path)
-        calibration, feeds, task = _data(case, path, source, ctx.workdir)
+        calibration, feeds, task = held_out_data(case, path, source, ctx.workdir)
         offers = OfferOptions(bits=_WIDTHS, static=False, dynamic=False, weight_only=False)
         ctx = replace(ctx, calibration=calibration)
         model = Pipeline((Canonicalize(), offers)).run(source, ctx).model
@@ -211,7 +211,7 @@ class Comparison:
         return RoundedModel.of(model, self.ctx, list(menu.groups))
 
 
-def _data(
+def held_out_data(
     case: Case, path: Path, source: Model, folder: Path
 ) -> tuple[Batches, Sequence[Feed], Task | None]:
     """Data to choose by, held-out feeds, and the task where they are what it scores."""
