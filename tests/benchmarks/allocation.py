@@ -37,7 +37,7 @@ from octavo.backends.ort_session import OrtEvaluator
 from octavo.backends.ort_target import ORT_CPU
 from octavo.cli.calibration_data import load_calibration
 from octavo.ir.cache import Cache
-from octavo.ir.calibration import Batches, Part, samples_of
+from octavo.ir.calibration import Batches, samples_of
 from octavo.ir.cost import AnalyticCost
 from octavo.ir.errors import OctavoError
 from octavo.ir.facts import Choice as PlanChoice
@@ -68,7 +68,6 @@ _ESTIMATED = {
     "LampQ": ("lampq", (Refine(method="swap"),)),
     _OURS: ("measured", (Refine(),)),
 }
-_TEXT_SAMPLES = 250
 
 Choice = Mapping[str, int]
 
@@ -213,16 +212,12 @@ class Comparison:
 
 def held_out_data(
     case: Case, path: Path, source: Model, folder: Path
-) -> tuple[Batches, Sequence[Feed], Task | None]:
-    """Data to choose by, held-out feeds, and the task where they are what it scores."""
+) -> tuple[Batches, Sequence[Feed], Task]:
+    """Data to choose by, held-out feeds and the task that scores them."""
     task = case.task(path)
-    if case.calibration is not None:
-        return load_calibration(str(case.calibration(path, folder)), source), task.feeds, task
-    names = [value.name or "" for value in source.graph.inputs]
-    feeds = [{name: feed[name] for name in names} for feed in task.feeds]
-    samples = [{n: a[k : k + 1] for n, a in f.items()} for f in feeds for k in range(samples_of(f))]
-    whole = load_calibration(samples, source, limit=2 * _TEXT_SAMPLES)
-    return Part(whole, 0), list(Part(whole, 1)), None
+    write = case.calibration or case.texts
+    assert write is not None
+    return load_calibration(str(write(path, folder)), source), task.feeds, task
 
 
 def _rounded_only(menu: Menu) -> Menu:

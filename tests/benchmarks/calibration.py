@@ -8,13 +8,14 @@ from pathlib import Path
 
 import corpus
 import numpy as np
-from scores import filetypes, language, lines, pages, stamps
+from scores import filetypes, language, lines, pages, sentences, stamps
 from task import Array
 
 from octavo.models import shipped
 
 _STAMPS, _KINDS = 64, ("animals", "food", "household")
 _LINES, _PAGES, _FILES_PER_TYPE, _CONTEXTS = 64, 8, 3, 128
+_SENTENCES, _WORDS, _WINDOWS, _WINDOW = 128, 60, 128, 256
 _PHOTOS = (
     "camera.png",
     "coins.png",
@@ -64,6 +65,33 @@ def character_contexts(model: Path, folder: Path) -> Path:
     """128 windows of other news."""
     ids = language.characters(corpus.other_news().replace("\n", " "), model)
     return _write(folder, ids=np.array(list(islice(language.contexts(ids)[::40], _CONTEXTS))))
+
+
+def sentences_of_articles(model: Path, folder: Path) -> Path:
+    """128 beginnings of encyclopedia paragraphs in batches of ten, one file each."""
+    found = corpus.articles()
+    chosen = np.random.default_rng(0).permutation(len(found))[:_SENTENCES]
+    texts = [" ".join(found[k].split()[:_WORDS]) for k in chosen]
+    for k, feed in enumerate(sentences.tokens(texts, model)):
+        kept = {name: feed[name] for name in ("input_ids", "attention_mask")}
+        np.savez(folder / f"{k:03d}.npz", allow_pickle=False, **kept)
+    return folder
+
+
+def windows_of_articles(model: Path, folder: Path) -> Path:
+    """128 windows of 256 tokens of encyclopedia articles, one file each."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(model.parent / "tokenizer.json"))
+    found = corpus.articles()
+    order = np.random.default_rng(0).permutation(len(found))
+    ids: list[int] = []
+    for k in order:
+        ids += tokenizer.encode(found[k] + "\n").ids
+        if len(ids) >= _WINDOWS * _WINDOW:
+            break
+    windows = np.array(ids[: _WINDOWS * _WINDOW], np.int64).reshape(_WINDOWS, 1, _WINDOW)
+    return _write_each(folder, "input_ids", windows)
 
 
 def _write(folder: Path, **arrays: Array) -> Path:

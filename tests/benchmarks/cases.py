@@ -34,7 +34,8 @@ class Speed:
 class Case:
     """One model with its goals: limits of the score or its loss, bytes, seconds and memory.
 
-    `calibration` writes data into a folder and returns what `octavo compile` takes. `peers` are
+    `calibration` writes data into a folder and returns what `octavo compile` takes; `texts` does so
+    where int8 needs no data, for methods of fewer bits. `peers` are
     tools of `peers.py`. The first of `speeds` is the one the compiler is told.
     """
 
@@ -42,6 +43,7 @@ class Case:
     task: Callable[[Path], Task]
     speeds: Sequence[Speed]
     calibration: Callable[[Path, Path], Path] | None = None
+    texts: Callable[[Path, Path], Path] | None = None
     score: float | None = None
     score_loss: float | None = None
     bytes: float | None = None
@@ -89,6 +91,7 @@ CASES = (
     Case(
         name="minilm",
         task=sentences.task,
+        texts=calibration.sentences_of_articles,
         speeds=[Speed("1x32", _tokens(1, 32), 2.3), Speed("8x128", _tokens(8, 128), 2.2)],
         score=0.33,
         bytes=23 * _MEGABYTE,
@@ -136,6 +139,7 @@ CASES = (
     Case(
         name="smollm2-135m",
         task=language.perplexity_task,
+        texts=calibration.windows_of_articles,
         speeds=[Speed("1x64", {"input_ids": (1, 64)})],
         score=38.0,
         compile_seconds=30,
