@@ -23,6 +23,7 @@ from octavo.passes.planning import Planning
 from octavo.passes.programme import keeps
 from octavo.passes.rounded_model import RoundedModel
 from octavo.passes.spec import format_pass
+from octavo.passes.starts import starts
 from octavo.passes.swaps import swapped
 
 if TYPE_CHECKING:
@@ -45,14 +46,17 @@ _SHARES = (0.25, 0.5, 1.0)
 class Refine(Pass):
     """Move bytes between groups while the whole plan's measured output damage falls.
 
-    **What it does.** `evolve` draws plans that keep to the budgets and evaluates each on half of
-    the calibration data (EvoPress, arXiv 2410.14649); `swap` gives one group a level more and
-    another one less, by their estimated damages (LampQ, arXiv 2511.10004). The other half
-    decides: the best one found replaces the plan where it saves more than one standard error.
+    **What it does.** `evolve` begins with the best of several plans: the given one, those of the
+    damages' roots and those of the estimators in `starts`. It draws plans that keep to the budgets
+    and evaluates each on half of the calibration data (EvoPress, arXiv 2410.14649). `swap` gives
+    one group a level more and another one less, by their estimated damages (LampQ, arXiv
+    2511.10004). The other half of the data decides: the best one found replaces the plan where it
+    saves more than one standard error.
     **Why.** Errors of several layers cancel or compound, which no sum of damages knows.
     **When it does not apply.** No group has two levels that round activations alike, or there
     is no data: a note.
-    **Cost and accuracy.** Bounded by `seconds`; the best plan so far is always kept. Where the
+    **Cost and accuracy.** Bounded by `seconds`, in which the estimators are not counted; the best
+    plan so far is always kept. Where the
     search ended is remembered, so that the same cache gives the same plan.
     """
 
@@ -67,6 +71,7 @@ class Refine(Pass):
     generations: int = 60
     samples: int = 256
     metric: Metric = "auto"
+    starts: tuple[str, ...] = ("fisher", "lampq")
 
     def run(self, model: Model, ctx: PassContext) -> Model:
         batches = ctx.calibration or ctx.stand_in
@@ -76,7 +81,8 @@ class Refine(Pass):
         if batches is None or len(levels) < 2 or self.seconds <= 0:
             ctx.remark("note", "", "nothing to refine: no data, or fewer than two groups to move")
             return model
-        space = Space(levels, partial(_feasible, Planning(model, ctx), dict(solution.limits)))
+        limits = hard_limits(solution)
+        space = Space(levels, partial(_feasible, Planning(model, ctx), limits))
         trial = Trials.of(model, ctx, batches, self, list(levels))
         key = self._key(model, batches, start, levels)
         best = _known(ctx, key, menu) or self._search(space, trial, ctx, start, model)
@@ -117,11 +123,39 @@ class Refine(Pass):
         if self.method == "swap":
             damages = _estimates(model)
             return swapped(space, damages, partial(trial.fitness, stage=2), start, self.seconds)
+        first = self._best_start(trial, ctx, start, model, space.levels)
         search = Search(
             space, trial.fitness, ctx.rng("refine"),
             offspring=self.offspring, generations=self.generations, seconds=self.seconds,
         )  # fmt: skip
-        return search.run(start, partial(ctx.progress, "refine"))
+        return search.run(first, partial(ctx.progress, "refine"))
+
+    def _best_start(
+        self,
+        trial: Trials,
+        ctx: PassContext,
+        start: Choice,
+        model: Model,
+        levels: Mapping[str, Sequence[int]],
+    ) -> Choice:
+        """The plan that measures best of all there are to begin with."""
+        batches = ctx.calibration or ctx.stand_in
+        assert batches is not None
+        limits = hard_limits(model.fact(Solution))
+        others = starts(model, ctx, batches, self.starts, self.metric, levels, limits, start)
+        known = {"the plan": start, **dict(others)}
+        values = dict(zip(known, trial.fitness(list(known.values()), 2), strict=True))
+        best = min(values, key=values.__getitem__)
+        text = ", ".join(f"{name} {value:.3e}" for name, value in values.items())
+        ctx.remark("note", "", f"begins with {best}; measured damages: {text}")
+        return known[best]
+
+
+def hard_limits(solution: Solution) -> dict[str, float]:
+    """What every other plan must keep: the budgets, and what was minimised if not damage."""
+    limits = {name: limit for name, limit in solution.limits.items() if name != "damage"}
+    least = {"size": "bytes", "latency": "seconds"}.get(solution.objective)
+    return limits if least is None else {**limits, least: solution.totals[least]}
 
 
 def _known(ctx: PassContext, key: str, menu: Menu) -> Choice | None:
@@ -201,8 +235,7 @@ def _methods(offer: Offer) -> tuple[str, ...]:
 
 
 def _feasible(planning: Planning, limits: Mapping[str, float], choice: Choice) -> bool:
-    hard = {name: limit for name, limit in limits.items() if name != "damage"}
-    return keeps(planning.programme.totals(choice), hard)
+    return keeps(planning.programme.totals(choice), limits)
 
 
 def _estimates(model: Model) -> dict[str, list[float]]:

@@ -15,6 +15,7 @@ import pytest
 
 from octavo.ir.cache import Cache
 from octavo.ir.calibration import Part
+from octavo.ir.errors import NotDifferentiable, UnknownName
 from octavo.ir.facts import Plan
 from octavo.ir.menu import Menu, Sensitivity, Solution
 from octavo.ir.model import Model
@@ -24,8 +25,9 @@ from octavo.passes.base import PassContext
 from octavo.passes.evolve import Space
 from octavo.passes.pipeline import Compilation, Pipeline
 from octavo.passes.planning import Planning
-from octavo.passes.refine import Refine, Trials, levels_of
+from octavo.passes.refine import Refine, Trials, hard_limits, levels_of
 from octavo.passes.rounded_model import RoundedModel
+from octavo.passes.starts import starts
 from octavo.passes.swaps import swapped
 
 # Float32 sums in another order, relative to the largest output; a code that tips over at a tie
@@ -100,7 +102,7 @@ def test_a_refined_plan_is_better_on_the_half_that_decides(
 ) -> None:
     compilation = refined(planned, ctx, method=method)
     before, after = measured(planned, ctx), measured(compilation.model, ctx)
-    (remark,) = compilation.records[0].remarks
+    remark = compilation.records[0].remarks[-1]
     assert remark.values["before"] == pytest.approx(before, rel=DAMAGE_RELATIVE)
     assert after <= before
     if remark.kind == "applied":
@@ -112,7 +114,7 @@ def test_a_refined_plan_is_better_on_the_half_that_decides(
 
 def test_evolution_finds_a_better_plan_here(planned: Model, ctx: PassContext) -> None:
     compilation = refined(planned, ctx)
-    assert compilation.records[0].remarks[0].kind == "applied"
+    assert compilation.records[0].remarks[-1].kind == "applied"
     assert measured(compilation.model, ctx) < 0.95 * measured(planned, ctx)
     assert compilation.records[0].counters["plans evaluated"] > 1
 
@@ -160,7 +162,7 @@ def test_a_plan_that_is_worse_on_the_half_that_decides_is_not_taken(
 
     monkeypatch.setattr(Refine, "_search", misled)
     compilation = refined(planned, ctx)
-    assert compilation.records[0].remarks[0].kind == "missed"
+    assert compilation.records[0].remarks[-1].kind == "missed"
     assert compilation.model.fact(Plan) == planned.fact(Plan)
 
 
@@ -178,7 +180,7 @@ def test_a_plan_that_saves_less_than_the_noise_is_not_taken(
 
     monkeypatch.setattr(Trials, "final", final)
     compilation = refined(planned, ctx)
-    assert compilation.records[0].remarks[0].kind == kind
+    assert compilation.records[0].remarks[-1].kind == kind
     assert (compilation.model.fact(Plan) != planned.fact(Plan)) == (kind == "applied")
 
 
@@ -186,7 +188,7 @@ def test_a_plan_that_saves_less_than_the_noise_is_not_taken(
 def test_no_time_leaves_the_plan(planned: Model, ctx: PassContext, options: Any) -> None:
     compilation = refined(planned, ctx, **options)
     assert compilation.model.fact(Plan) == planned.fact(Plan)
-    assert "nothing to refine" in compilation.records[0].remarks[0].text
+    assert "nothing to refine" in compilation.records[0].remarks[-1].text
 
 
 def _levels(model: Model) -> dict[str, list[int]]:
@@ -277,3 +279,49 @@ def test_a_swap_that_does_not_help_is_not_made() -> None:
         return [0.0 if choice == start else 1.0 for choice in choices]
 
     assert swapped(space, damages, rising, start, seconds=60.0) == start
+
+
+def test_the_search_begins_with_the_best_of_several_plans(planned: Model, ctx: PassContext) -> None:
+    menu, solution = planned.fact(Menu), planned.fact(Solution)
+    given = choice_of(menu, solution.options)
+    levels = levels_of(menu, given)
+    options = Refine(seconds=60.0, generations=0, starts=("fisher",))
+    limits = hard_limits(solution)
+    assert ctx.calibration is not None
+    given_all = (planned, ctx, ctx.calibration, options.starts, "auto", levels, limits, given)
+    found = dict(starts(*given_all))
+    assert set(found) == {"damage ** 0.75", "damage ** 0.5", "fisher"}
+    programme = Planning(planned, ctx).programme
+    trial = Trials.of(planned, ctx, ctx.calibration, options, list(levels))
+    for choice in found.values():
+        assert programme.totals(choice)["bytes"] <= solution.limits["bytes"]
+        assert all(choice[name] in levels.get(name, [given[name]]) for name in choice)
+    known = [given, *found.values()]
+    fitness = trial.fitness(known, 2)
+    best = known[fitness.index(min(fitness))]
+    after = Pipeline((options,)).run(planned, ctx)
+    (note,) = (r for r in after.records[0].remarks if r.kind == "note")
+    assert f"{min(fitness):.3e}" in note.text.partition(";")[2]
+    assert after.records[0].remarks[-1].values["after"] == trial.final(best).mean()
+
+
+def test_a_start_that_cannot_be_estimated_is_a_remark(
+    planned: Model, ctx: PassContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> Sensitivity:
+        raise NotDifferentiable("Floor", "floor", "blocks")
+
+    monkeypatch.setattr("octavo.passes.starts.estimator", lambda name: refuse)
+    after = Pipeline((Refine(generations=0, starts=("fisher",)),)).run(planned, ctx)
+    notes = [remark.text for remark in after.records[0].remarks if remark.kind == "note"]
+    assert any("no plan by fisher" in text and "Floor" in text for text in notes)
+
+
+def test_an_unknown_start_is_refused(planned: Model, ctx: PassContext) -> None:
+    with pytest.raises(UnknownName, match="fischer"):
+        Pipeline((Refine(starts=("fischer",)),)).run(planned, ctx)
+
+
+def test_a_least_plan_stays_as_small_as_it_was(planned: Model) -> None:
+    solution = replace(planned.fact(Solution), objective="size", limits={"damage": 1.0})
+    assert hard_limits(solution) == {"bytes": solution.totals["bytes"]}
