@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -52,9 +51,8 @@ def get(model: PublicModel, cache: Path, report: Report | None = None) -> tuple[
     """
     if files := fetched(model, cache):
         return files
-    if model.exported and importlib.util.find_spec("torch") is None:
-        message = f"{model.name} comes as bare weights: torch has to export it"
-        raise UsageError(message, hint="pip install 'octavo[torch]'")
+    if model.exported:
+        need_torch(f"{model.name} comes as bare weights, and exporting it")
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix=f".{model.name}-") as folder:

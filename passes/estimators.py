@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from octavo.ir.errors import UnknownName
+from octavo.ir.torch_needed import need_torch
 from octavo.passes.block_importance import lim, zd
 from octavo.passes.estimate import Estimate, resumable
 from octavo.passes.fisher_damage import fisher, lampq
@@ -33,11 +34,23 @@ def _measured(
     return Estimate(found.by_group, found.metric, found.samples, found.by_value)
 
 
+def _by_gradients(name: str, find: Finder) -> Finder:
+    """An estimator that is refused where torch is missing."""
+
+    def found(
+        model: Model, ctx: PassContext, batches: Batches, limit: int, metric: Metric
+    ) -> Estimate:
+        need_torch(f"the estimator {name}")
+        return find(model, ctx, batches, limit, metric)
+
+    return found
+
+
 _FINDERS: Mapping[str, Finder] = {
     "measured": _measured,
-    "fisher": fisher,
-    "lampq": lampq,
-    "hessian": hessian,
+    "fisher": _by_gradients("fisher", fisher),
+    "lampq": _by_gradients("lampq", lampq),
+    "hessian": _by_gradients("hessian", hessian),
     "layer-error": layer_error,
     "weight-error": weight_error,
     "lim": lim,
