@@ -1,0 +1,208 @@
+"""Which scale loses least of a weight: a search between its whole range and a fifth of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+import numpy as np
+
+from octavo.ir.quant import PerAxis, PerBlock, PerTensor, QuantParams, fitted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from octavo.ir.quant import Granularity, QuantSpec
+
+    Float32 = NDArray[np.float32]
+
+_NARROWEST = 0.2
+# The best magnitude of a binary weight lies between the median and the middle of all, and the
+# mean is not far from either.
+_BINARY = (0.6, 1.8)
+_CHUNK_ELEMENTS = 1 << 16
+_TINY = np.finfo(np.float32).tiny
+# So many entries tell a grid from other numbers; float32 codes up to 255 are off by 3e-5.
+_SAMPLE = 64
+_OFF_GRID = 1e-4
+_ULPS = (0, 1, -1, 2, -2)
+
+
+@final
+@dataclass(frozen=True)
+class ScaleRows:
+    """A weight as rows of entries that share a scale.
+
+    The first `scale_axes` axes of `view` are those of the scale; a tensor's scale is one row.
+    """
+
+    view: NDArray[np.floating]
+    scale_axes: int = 1
+
+    @staticmethod
+    def of(weight: NDArray[np.floating], granularity: Granularity) -> ScaleRows:
+        """A view, or a copy filled with zeros where blocks do not divide their axis."""
+        match granularity:
+            case PerTensor():
+                return ScaleRows(weight.reshape(1, -1))
+            case PerAxis(axis):
+                return ScaleRows(np.moveaxis(weight, axis, 0))
+            case PerBlock(axis, size):
+                axis %= weight.ndim
+                short = -weight.shape[axis] % size
+                if short:
+                    widths = [(0, short if k == axis else 0) for k in range(weight.ndim)]
+                    weight = np.pad(weight, widths)
+                blocks = weight.shape[axis] // size
+                shape = (*weight.shape[:axis], blocks, size, *weight.shape[axis + 1 :])
+                turned = np.moveaxis(weight.reshape(shape), axis + 1, -1)
+                return ScaleRows(turned, weight.ndim)
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        return self.view.shape[: self.scale_axes]
+
+    def parts(self, elements: int) -> Iterator[tuple[slice, Float32]]:
+        """Slices of the scale's first axis with their rows `[n, K]`, about that many elements."""
+        width = math.prod(self.view.shape[self.scale_axes :])
+        count = max(elements * len(self.view) // max(self.view.size, 1), 1)
+        for start in range(0, len(self.view), count):
+            part = slice(start, start + count)
+            yield part, np.asarray(self.view[part], np.float32, order="C").reshape(-1, width)
+
+
+def clipped_params(
+    weight: NDArray[np.floating], spec: QuantSpec, p: float = 2.4, steps: int = 80
+) -> QuantParams:
+    """The parameters that minimise `sum |w - dequantize(quantize(w))|^p` per scale of `spec`.
+
+    `steps` scales are tried, from the whole range down to a fifth of it (Frantar et al. 2023,
+    GPTQ, the grid search of its reference implementation). Where the entries of a scale are
+    codes times a number already, that number is found and nothing is lost. An asymmetric grid
+    has a code for zero, and narrows both of its ends alike.
+    """
+    spec = fitted(spec, weight.shape)
+    rows = ScaleRows.of(weight, spec.granularity)
+    scale = np.ones(rows.scale_shape, np.float32)
+    zero = np.zeros(rows.scale_shape, np.int32)
+    if weight.size:
+        for part, held in rows.parts(_CHUNK_ELEMENTS):
+            grid = _Search(held, spec, p).best(steps)
+            scale[part] = grid.scale.reshape(scale[part].shape)
+            zero[part] = grid.zero.reshape(zero[part].shape)
+    if isinstance(spec.granularity, PerTensor):
+        scale, zero = scale.reshape(()), zero.reshape(())
+    return QuantParams(spec, scale, zero)
+
+
+@final
+@dataclass(frozen=True)
+class _Grid:
+    """A scale and a zero point for every row, shape `[n]`."""
+
+    scale: Float32
+    zero: Float32
+
+
+@final
+@dataclass(frozen=True)
+class _Search:
+    """Rows `[n, K]` that are rounded to one grid after another."""
+
+    rows: Float32
+    spec: QuantSpec
+    p: float
+
+    def best(self, steps: int) -> _Grid:
+        """The grid of least error per row; of equal ones the widest."""
+        whole = self._whole()
+        narrower = np.arange(1, steps) * ((1 - _NARROWEST) / steps)
+        ratios = np.linspace(*_BINARY, steps) if self.spec.binary else 1 - narrower
+        grid, error = whole, self._error(whole, whole.scale)
+        for ratio in ratios:
+            tried = _Grid(np.maximum(whole.scale * np.float32(ratio), _TINY), whole.zero)
+            grid, error = _better(grid, error, tried, self._error(tried, whole.scale))
+        for tried in self._recognised(np.flatnonzero(error > 0)):
+            grid, error = _better(grid, error, tried, self._error(tried, whole.scale))
+        return grid
+
+    def _whole(self) -> _Grid:
+        """The grid that covers the range of a row; a row of zeros has scale 1."""
+        if self.spec.binary:
+            scale = np.abs(self.rows).mean(axis=1, dtype=np.float64).astype(np.float32)
+            return _Grid(np.maximum(scale, _TINY), np.zeros_like(scale))
+        return self._covering(np.full(len(self.rows), self._levels, np.float32))
+
+    @property
+    def _levels(self) -> int:
+        """Steps between the ends of the grid, counted from zero where it is symmetric."""
+        return self.spec.qmax - (0 if self.spec.symmetric else self.spec.qmin)
+
+    def _covering(self, levels: Float32) -> _Grid:
+        """The grid on which the range of a row takes that many steps."""
+        low, high = self.rows.min(axis=1, initial=0.0), self.rows.max(axis=1, initial=0.0)
+        span = np.maximum(high, -low) if self.spec.symmetric else high - low
+        scale = np.asarray(span / levels, np.float32)
+        scale = np.where(scale <= _TINY, np.float32(1), scale)
+        zero = np.zeros_like(scale)
+        if not self.spec.symmetric:
+            zero = self.spec.qmin - np.rint(low / scale)
+        return _Grid(scale, np.asarray(zero, np.float32))
+
+    def _error(self, grid: _Grid, unit: Float32) -> NDArray[np.float64]:
+        """Per row, in units of a scale so that no power overflows."""
+        total = np.zeros(len(self.rows))
+        scale, zero, inverse = grid.scale[:, None], grid.zero[:, None], 1 / unit[:, None]
+        for start in range(0, self.rows.shape[1], _CHUNK_ELEMENTS):
+            real = self.rows[:, start : start + _CHUNK_ELEMENTS]
+            error = self._rounded(real, scale, zero)
+            np.subtract(real, error, out=error)
+            np.multiply(np.abs(error, out=error), inverse, out=error)
+            total += np.power(error, np.float32(self.p), out=error).sum(axis=1, dtype=np.float64)
+        return total
+
+    def _rounded(self, real: Float32, scale: Float32, zero: Float32) -> Float32:
+        """As `quantize` and `dequantize` do it."""
+        if self.spec.binary:
+            return np.asarray(np.where(real < 0, -scale, scale), np.float32)
+        codes = np.divide(real, scale)
+        np.rint(codes, out=codes)
+        codes += zero
+        np.maximum(codes, self.spec.qmin, out=codes)
+        np.minimum(codes, self.spec.qmax, out=codes)
+        codes -= zero
+        return np.multiply(codes, scale, out=codes)
+
+    def _recognised(self, open_rows: NDArray[np.intp]) -> Iterator[_Grid]:
+        """Grids on which all entries of some of the rows lie, within what float32 can tell.
+
+        The range of such a row is a whole number of steps, of which there are not many.
+        """
+        if self.spec.binary or not open_rows.size:
+            return
+        every = max(self.rows.shape[1] // _SAMPLE, 1)
+        sample = self.rows[open_rows, ::every]
+        levels = np.full(len(self.rows), self._levels, np.float32)
+        found = np.zeros(len(self.rows), bool)
+        for count in range(1, self._levels + 1):
+            scale = self._covering(np.full_like(levels, count)).scale[open_rows, None]
+            codes = sample / scale
+            fits = np.abs(codes - np.rint(codes)).max(axis=1) < _OFF_GRID
+            levels[open_rows[fits & ~found[open_rows]]] = count
+            found[open_rows[fits]] = True
+        if found.any():
+            grid = self._covering(levels)
+            for ulps in _ULPS:
+                near = (grid.scale.view(np.int32) + np.int32(ulps)).view(np.float32)
+                yield _Grid(near, grid.zero)
+
+
+def _better(
+    old: _Grid, old_error: NDArray[np.float64], new: _Grid, new_error: NDArray[np.float64]
+) -> tuple[_Grid, NDArray[np.float64]]:
+    wins = new_error < old_error
+    scale, zero = np.where(wins, new.scale, old.scale), np.where(wins, new.zero, old.zero)
+    return _Grid(scale, zero), np.where(wins, new_error, old_error)
