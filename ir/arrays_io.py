@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 
 Array = np.ndarray[Any, Any]
+
+
+@final
+@dataclass(frozen=True)
+class StoredArray:
+    """An array in an .npy file that is read when it is used."""
+
+    path: Path
+
+    def load(self) -> Array:
+        """The whole array."""
+        read: Array = np.load(self.path, allow_pickle=False)
+        return read
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:

@@ -17,9 +17,10 @@ import numpy as np
 
 from octavo.ir import facts as fact_types
 from octavo.ir import menu as menu_types
+from octavo.ir import moments as moment_types
 from octavo.ir import quant as quant_types
 from octavo.ir import reference as reference_types
-from octavo.ir.arrays_io import read_arrays, write_arrays
+from octavo.ir.arrays_io import StoredArray, read_arrays, write_arrays
 from octavo.ir.errors import UsageError
 from octavo.ir.facts import Fact
 from octavo.ir.model import Model, Source
@@ -33,7 +34,7 @@ _MODEL = "model.onnx"
 Arrays = dict[str, "NDArray[np.generic]"]
 _TYPES: dict[str, type] = {
     name: kind
-    for module in (fact_types, menu_types, quant_types, reference_types)
+    for module in (fact_types, menu_types, moment_types, quant_types, reference_types)
     for name, kind in vars(module).items()
     if isinstance(kind, type) and dataclasses.is_dataclass(kind)
 }
@@ -68,6 +69,8 @@ def read_facts(folder: Path) -> dict[type[Fact], Fact]:
 def _encode(value: Any, arrays: Arrays, folder: Path) -> object:
     if isinstance(value, Model):
         return {"model": _write_model(value, folder), "source": dataclasses.asdict(value.source)}
+    if isinstance(value, StoredArray):
+        value = value.load()
     if dataclasses.is_dataclass(value):
         names = [field.name for field in dataclasses.fields(value)]
         fields = {name: _encode(getattr(value, name), arrays, folder) for name in names}

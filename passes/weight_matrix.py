@@ -104,6 +104,13 @@ class WeightMatrix:
                 )  # fmt: skip
 
     @property
+    def reading(self) -> tuple[object, ...]:
+        """What `columns` depends on: equal for weights that multiply the same columns."""
+        channels_last = self.op_type != "ConvTranspose"
+        how = self.groups, self.width, self.window, self.turned, channels_last
+        return (*how, self.previous, self.directions)
+
+    @property
     def rows_per_group(self) -> int:
         return math.prod(self.shape[k] for k in self.row_axes) // max(self.groups, 1)
 
