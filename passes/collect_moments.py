@@ -147,8 +147,7 @@ def _sweep(
     for seed, feed in enumerate(first_samples(batches, samples)):
         found = read(feed)
         for total in sums:
-            enough = -(-_COLUMNS_PER_ENTRY * total.probe.matrix.width // count)
-            limit = min(rows, max(_LEAST_PER_SAMPLE, enough)) * samples_of(feed)
+            limit = enough_columns(total.probe.matrix.width, count, rows) * samples_of(feed)
             waiting += total.add(found[total.probe.value], limit, seed)
             if waiting > _WAITING_BYTES:
                 _settle(sums)
@@ -156,6 +155,12 @@ def _sweep(
         done += samples_of(feed)
         ctx.progress("moments", done, count)
     _settle(sums)
+
+
+def enough_columns(width: int, samples: int, rows: int = 512) -> int:
+    """Columns of length `width` to draw from each of some samples, at most `rows`."""
+    enough = -(-_COLUMNS_PER_ENTRY * width // samples)
+    return min(rows, max(_LEAST_PER_SAMPLE, enough))
 
 
 def _settle(sums: Iterable[_Sum]) -> None:
