@@ -60,6 +60,8 @@ def gptq_weight(
     """
     options = options or GptqOptions()
     rows = matrix.rows(weight)
+    if not rows.size:
+        return Rounding(weight, params, 0.0, 0.0)
     scale, zero, cells = matrix.scales(params)
     grid = RowGrid(params.spec, scale, zero.astype(np.float32), cells)
     layer = _Layer(second, Factor.of(second, options.damping, options.act_order), options)
