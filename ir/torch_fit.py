@@ -1,0 +1,163 @@
+"""Adam over the variables of a student, bounded by steps and by the clock."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, final
+
+import torch
+from torch import Tensor
+
+from octavo.ir.calibration import samples_of
+from octavo.ir.torch_values import as_torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from octavo.ir.calibration import Feed
+    from octavo.ir.torch_student import Rates, Student
+
+    Loss = Callable[[float, dict[str, Tensor]], Tensor]
+
+_RESTARTS = 3
+_SLOWER = 0.25
+_WARM_STEPS = 5
+_TINY = 1e-9
+
+
+@final
+class Samples:
+    """Feeds with whatever else belongs to them, from which batches are drawn.
+
+    Where every array has one row per sample and all feeds agree in shape, a batch is made of
+    samples; otherwise it is one feed.
+    """
+
+    def __init__(self, feeds: Sequence[Feed], *, rows: bool) -> None:
+        shapes = [{name: array.shape[1:] for name, array in feed.items()} for feed in feeds]
+        counts = [{array.shape[:1] for array in feed.values()} for feed in feeds]
+        alike = all(shape == shapes[0] for shape in shapes) and all(len(c) == 1 for c in counts)
+        tensors = [{name: as_torch(array) for name, array in feed.items()} for feed in feeds]
+        self.rows = rows and alike
+        if self.rows:
+            joined = {name: torch.cat([t[name] for t in tensors]) for name in tensors[0]}
+            tensors = [joined]
+        self.tensors = tensors
+        self.count = sum(map(samples_of, feeds))
+
+    def draw(self, generator: torch.Generator, size: int) -> dict[str, Tensor]:
+        """A batch of `size` samples, or a feed."""
+        if not self.rows:
+            return self.tensors[int(torch.randint(len(self.tensors), (), generator=generator))]
+        chosen = torch.randperm(self.count, generator=generator)[:size]
+        return {name: tensor[chosen] for name, tensor in self.tensors[0].items()}
+
+    def all(self, size: int) -> Iterator[dict[str, Tensor]]:
+        """Every sample once."""
+        if not self.rows:
+            yield from self.tensors
+            return
+        for start in range(0, self.count, size):
+            yield {name: t[start : start + size] for name, t in self.tensors[0].items()}
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """How long to train: at most `steps` batches of `batch` samples and about `seconds`.
+
+    Step sizes fall by a half cosine. `on_step(done, steps)` may return True to stop. Where a loss
+    is not finite, training starts over with smaller steps, three times at most.
+    """
+
+    steps: int
+    batch: int
+    seconds: float
+    seed: int
+    on_step: Callable[[int, int], bool] = field(default=lambda done, steps: False)
+
+    def run(self, student: Student, samples: Samples, rates: Rates, loss: Loss) -> Outcome:
+        """Train; the student is left where it ended, or began if every loss diverged.
+
+        `loss(progress, batch)` runs the student; it is told what share of the training is done.
+        """
+        start, slower = student.snapshot(), 1.0
+        deadline = time.perf_counter() + self.seconds
+        for restarts in range(_RESTARTS + 1):
+            clock = _Clock(self.steps, deadline)
+            groups = student.groups(rates.times(slower))
+            taken = self._attempt(samples, groups, loss, clock)
+            if taken is not None:
+                return Outcome(taken, restarts, clock.late)
+            student.restore(start)
+            slower *= _SLOWER
+        return Outcome(0, _RESTARTS, False)
+
+    def _attempt(
+        self,
+        samples: Samples,
+        groups: list[dict[str, object]],
+        loss: Loss,
+        clock: _Clock,
+    ) -> int | None:
+        """Steps taken, `None` where a loss was not finite."""
+        if not groups:
+            return 0
+        generator = torch.Generator().manual_seed(self.seed)
+        adam = torch.optim.Adam(groups)
+        rates = [group["lr"] for group in adam.param_groups]
+        for step in range(self.steps):
+            progress = clock.progress(step)
+            if progress >= 1:
+                return step
+            for group, rate in zip(adam.param_groups, rates, strict=True):
+                group["lr"] = rate * (1 + math.cos(math.pi * progress)) / 2
+            batch = samples.draw(generator, self.batch)
+            adam.zero_grad(set_to_none=True)
+            value = loss(progress, batch)
+            if not math.isfinite(float(value.detach())):
+                return None
+            value.backward()  # type: ignore[no-untyped-call]
+            adam.step()
+            if self.on_step(step + 1, self.steps):
+                return step + 1
+        return self.steps
+
+
+@final
+@dataclass(frozen=True)
+class Outcome:
+    """Steps taken, how often training started over, and whether the clock ended it."""
+
+    steps: int
+    restarts: int
+    late: bool
+
+    @property
+    def diverged(self) -> bool:
+        """Whether every attempt ended in a loss that is not finite."""
+        return not self.steps and bool(self.restarts)
+
+
+class _Clock:
+    """Counts steps, or seconds where the first steps say that these end before."""
+
+    def __init__(self, steps: int, deadline: float) -> None:
+        self.steps, self.deadline = steps, deadline
+        self.begin = self.warm = time.perf_counter()
+        self.late = False
+
+    def progress(self, step: int) -> float:
+        """The share of the training that is done."""
+        now = time.perf_counter()
+        if step == _WARM_STEPS:
+            self.warm = now
+        if step == 2 * _WARM_STEPS:
+            pace = (now - self.warm) / _WARM_STEPS
+            self.late = now + pace * (self.steps - step) > self.deadline
+        self.late |= now >= self.deadline
+        if not self.late:
+            return step / self.steps
+        return max(step / self.steps, (now - self.begin) / (self.deadline - self.begin + _TINY))
