@@ -8,21 +8,19 @@ from typing import TYPE_CHECKING, final
 import numpy as np
 
 from octavo.ir.facts import Fact
-from octavo.ir.fake_quant import DOMAIN, params_of, set_rounded
-from octavo.ir.mapped import reading
+from octavo.ir.fake_quant import set_rounded
 from octavo.ir.quant import dequantize, quantize
 from octavo.passes.base import Pass
 from octavo.passes.clip_search import clipped_params
+from octavo.passes.weight_quantizers import weight_quantizers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    import onnx_ir
     from numpy.typing import NDArray
 
     from octavo.ir.model import Model
     from octavo.ir.quant import QuantParams
     from octavo.passes.base import PassContext
+    from octavo.passes.weight_quantizers import WeightQuantizer
 
 
 @final
@@ -46,18 +44,14 @@ class ClipWeights(Pass):
     steps: int = 80
 
     def run(self, model: Model, ctx: PassContext) -> Model:
-        fakes = list(weight_fakes(model))
-        for done, fake in enumerate(fakes):
-            self._clip(model, fake, ctx)
-            ctx.progress("clip weights", done + 1, len(fakes))
+        quantizers = list(weight_quantizers(model))
+        for done, quantizer in enumerate(quantizers, start=1):
+            self._clip(model, quantizer, ctx)
+            ctx.progress("clip weights", done, len(quantizers))
         return model
 
-    def _clip(self, model: Model, fake: onnx_ir.Node, ctx: PassContext) -> None:
-        assert fake.inputs[0] is not None
-        tensor = fake.inputs[0].const_value
-        assert tensor is not None
-        weight = reading(tensor, lambda array: np.array(array, np.float32))
-        old = params_of(fake)
+    def _clip(self, model: Model, quantizer: WeightQuantizer, ctx: PassContext) -> None:
+        fake, weight, old = quantizer.fake, quantizer.stored(), quantizer.params
         before = self._relative(weight, old)
         if not before:
             ctx.remark("missed", fake.name or "", "the weight lies on its grid already")
@@ -81,11 +75,3 @@ class ClipWeights(Pass):
         error = np.abs(weight - dequantize(quantize(weight, params), params)) / largest
         power = np.power(error, np.float32(self.p)).sum(dtype=np.float64)
         return float(power / np.power(np.abs(weight) / largest, self.p).sum(dtype=np.float64))
-
-
-def weight_fakes(model: Model) -> Iterator[onnx_ir.Node]:
-    """The quantizers of constants, in graph order."""
-    for node in model.graph:
-        value = node.inputs[0] if node.domain == DOMAIN and len(node.inputs) > 1 else None
-        if value is not None and value.const_value is not None and not value.is_graph_input():
-            yield node
