@@ -47,7 +47,7 @@ class Request:
     goal: str = "smallest"
     profile: str = ""
     refine_seconds: float = 20.0
-    estimator: str = "measured"
+    estimator: str = "auto"
     top_k: int = 1
     pareto: int = 0
 

@@ -13,6 +13,7 @@ from octavo.passes.fisher_damage import fisher, lampq
 from octavo.passes.hessian_damage import hessian
 from octavo.passes.layer_error import layer_error
 from octavo.passes.measure_damage import measure_damage
+from octavo.passes.scaled_error import scaled_error
 from octavo.passes.weight_error import weight_error
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ _FINDERS: Mapping[str, Finder] = {
     "fisher": _by_gradients("fisher", fisher),
     "lampq": _by_gradients("lampq", lampq),
     "hessian": _by_gradients("hessian", hessian),
+    "scaled-error": scaled_error,
     "layer-error": layer_error,
     "weight-error": weight_error,
     "lim": lim,

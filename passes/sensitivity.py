@@ -13,6 +13,7 @@ from octavo.passes.estimators import estimator
 from octavo.passes.output_damage import Metric
 
 if TYPE_CHECKING:
+    from octavo.ir.calibration import Batches
     from octavo.ir.model import Model
     from octavo.passes.base import PassContext
 
@@ -23,8 +24,10 @@ class AnalyseSensitivity(Pass):
     """Estimate the damage of every offer, with its standard error.
 
     **What it does.** `measured` changes one group at a time and compares the outputs with the
-    source's, forward only. The other estimators are cheaper stand-ins: gradients (Fisher, Hessian
-    trace), the layer's own output, or the weights alone.
+    source's, forward only. The other estimators are cheaper stand-ins: layer errors scaled by a
+    few measured layers (`scaled-error`), gradients (Fisher, Hessian trace), the layer's own
+    output, or the weights alone. `auto` is `measured` where that takes no more than
+    `measurable-macs` multiply-accumulates, and `scaled-error` beyond.
     **Why.** Layers differ by orders of magnitude in what their rounding does to the outputs.
     **When it does not apply.** No calibration data: random numbers are used, and a note says so.
     **Cost and accuracy.** Changes nothing by itself. Every damage comes with its standard error
@@ -36,9 +39,11 @@ class AnalyseSensitivity(Pass):
     produces = (Sensitivity,)
     preserves = (Fact,)
 
-    estimator: str = "measured"
+    estimator: str = "auto"
     samples: int = 64
     metric: Metric = "auto"
+    # About ten minutes on two cores.
+    measurable_macs: float = 5e13
 
     def run(self, model: Model, ctx: PassContext) -> Model:
         batches = ctx.calibration or ctx.stand_in
@@ -47,7 +52,21 @@ class AnalyseSensitivity(Pass):
             raise UsageError(message, hint="give --calibration")
         if ctx.calibration is None:
             ctx.remark("note", "", "no calibration data: damage is estimated on random numbers")
-        found = estimator(self.estimator)(model, ctx, batches, self.samples, self.metric)
+        find = estimator(self._chosen(model, ctx, batches))
+        found = find(model, ctx, batches, self.samples, self.metric)
         ctx.count("samples", found.samples)
         ctx.remark("note", "", f"{found.estimator}: {found.metric}, {found.samples} samples")
         return model.with_fact(found)
+
+    def _chosen(self, model: Model, ctx: PassContext, batches: Batches) -> str:
+        """The estimator, by the work of measuring all offers: clocks must not decide a plan."""
+        if self.estimator != "auto":
+            return self.estimator
+        macs = sum(ctx.cost.macs(node) for node in model.graph)
+        trials = sum(len(offers) - 1 for offers in model.fact(Menu).offers.values())
+        # A trial runs what lies behind a group: half of the model on average.
+        work = macs / 2 * trials * min(self.samples, batches.samples)
+        if work <= self.measurable_macs:
+            return "measured"
+        ctx.remark("note", "", f"measuring every offer would take {work:.0e} multiply-accumulates")
+        return "scaled-error"

@@ -56,9 +56,9 @@ def type_scales(
     by_role: dict[str, list[str]] = defaultdict(list)
     for name in offers:
         by_role[model.fact(Menu).groups[name].role].append(name)
-    chosen = {role: _spread(names, _LAYERS_PER_TYPE) for role, names in by_role.items()}
-    layers = {name: _stored(offers[name]) for names in chosen.values() for name in names}
-    measured = _measured(model, ctx, batches, min(limit, _SAMPLES), metric, layers)
+    chosen = {role: spread(names, _LAYERS_PER_TYPE) for role, names in by_role.items()}
+    layers = {name: stored(offers[name]) for names in chosen.values() for name in names}
+    measured = measured_offers(model, ctx, batches, min(limit, _SAMPLES), metric, layers)
     found: dict[str, Damage] = {}
     for role, names in by_role.items():
         some = [measured[name] for name in chosen[role]]
@@ -85,7 +85,7 @@ def weight_bits(offer: Offer) -> int:
     return max((spec.bits for spec in specs if spec is not None), default=0)
 
 
-def _measured(
+def measured_offers(
     model: Model,
     ctx: PassContext,
     batches: Batches,
@@ -105,7 +105,7 @@ def _measured(
     return {name: found.damage(name, offer.name) for name, offer in layers.items()}
 
 
-def _stored(offer: Offer) -> Offer:
+def stored(offer: Offer) -> Offer:
     """The offer without what it does to activations."""
     options = {
         name: replace(option, method="storage") if option.weight is not None else option
@@ -114,7 +114,7 @@ def _stored(offer: Offer) -> Offer:
     return replace(offer, options=options)
 
 
-def _spread(names: list[str], count: int) -> list[str]:
+def spread(names: list[str], count: int) -> list[str]:
     """First, last, and evenly between."""
     if len(names) <= count:
         return names

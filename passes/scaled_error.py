@@ -1,0 +1,76 @@
+"""Layer errors in units of damage, for models whose every offer would take hours to measure."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from octavo.ir.menu import Damage, Menu
+from octavo.passes.estimate import Estimate
+from octavo.passes.layer_error import layer_error
+from octavo.passes.output_damage import OutputDamage
+from octavo.passes.type_scale import measured_offers, spread, weight_bits
+
+if TYPE_CHECKING:
+    from octavo.ir.calibration import Batches
+    from octavo.ir.menu import Offer
+    from octavo.ir.model import Model
+    from octavo.passes.base import PassContext
+    from octavo.passes.output_damage import Metric
+
+_LAYERS_PER_ROLE = 5
+_SCALED_AT_BITS = 4
+_TINY = 1e-30
+
+
+def scaled_error(
+    model: Model, ctx: PassContext, batches: Batches, limit: int, metric: Metric
+) -> Estimate:
+    """α times the layer error of every offer, run-time activations included.
+
+    α is damage over layer error, measured on at most five layers of every role at 4 bits and
+    interpolated between them, in its logarithm, by the place of a layer among those of its role.
+    """
+    errors = layer_error(model, ctx, batches, limit, metric)
+    groups = model.fact(Menu).groups
+    anchors = {n: offer for n, of in model.fact(Menu).offers.items() if (offer := _anchor(of))}
+    by_role: dict[str, list[str]] = defaultdict(list)
+    for name in anchors:
+        by_role[groups[name].role].append(name)
+    chosen = {role: spread(names, _LAYERS_PER_ROLE) for role, names in by_role.items()}
+    some = {name: anchors[name] for names in chosen.values() for name in names}
+    measured = measured_offers(model, ctx, batches, limit, metric, some)
+    scale = {
+        n: d.mean / max(errors.by_group[n][some[n].name].mean, _TINY) for n, d in measured.items()
+    }
+    scales: dict[str, float] = {}
+    for role, names in by_role.items():
+        scales |= _interpolated(names, {name: scale[name] for name in chosen[role]})
+    by_group = {
+        name: {o: _scaled(damage, scales.get(name, 0.0)) for o, damage in offers.items()}
+        for name, offers in errors.by_group.items()
+    }
+    measure = OutputDamage.of(model, metric).text
+    text = f"{measure}, by layer error ({len(some)} of {len(groups)} groups measured)"
+    return Estimate(by_group, text, errors.samples)
+
+
+def _anchor(offers: Sequence[Offer]) -> Offer | None:
+    """The offer that only rounds weights, to nearly 4 bits; `None` where there is none."""
+    stored = [o for o in offers if {p.method for p in o.options.values()} == {"storage"}]
+    return min(stored, key=lambda o: abs(weight_bits(o) - _SCALED_AT_BITS), default=None)
+
+
+def _interpolated(names: Sequence[str], known: Mapping[str, float]) -> dict[str, float]:
+    """The scale of every layer from those of a few, linear in its logarithm."""
+    places = [names.index(name) for name in known]
+    logs = [float(np.log(max(scale, _TINY))) for scale in known.values()]
+    found = np.exp(np.interp(np.arange(len(names)), places, logs))
+    return dict(zip(names, map(float, found), strict=True))
+
+
+def _scaled(error: Damage, scale: float) -> Damage:
+    return Damage(scale * error.mean, scale * error.standard_error)
