@@ -12,10 +12,10 @@ from octavo.ir.facts import Norms, QuantizedInput
 from octavo.passes.base import Pass
 from octavo.passes.layer_columns import estimate_power, sample_columns
 from octavo.passes.patterns import select
-from octavo.passes.rewrite import Rewrite
+from octavo.passes.scale_edits import accept, layers_of, overflow, write_scales
 from octavo.passes.scale_links import find_links
 from octavo.passes.scale_search import ScaleMethod, Trial
-from octavo.passes.scaled_layers import Layer, Rounding
+from octavo.passes.scaled_layers import Rounding
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from octavo.passes.base import PassContext
     from octavo.passes.scale_links import Link
     from octavo.passes.scale_search import Float64, Found
+    from octavo.passes.scaled_layers import Layer
 
 _MAX_SWEEPS = 10
 _SETTLED = 1e-2
@@ -60,7 +61,7 @@ class FoldScales(Pass):
     alpha: float = 0.5
     grid: int = 20
     samples: int = 64
-    rows: int = 512
+    rows: int = 256
     only: tuple[str, ...] = ()
 
     def run(self, model: Model, ctx: PassContext) -> Model:
@@ -72,12 +73,13 @@ class FoldScales(Pass):
             missed = {name: text for name, text in missed.items() if name in chosen}
         for name, text in missed.items():
             ctx.remark("missed", name, f"no scale: {text}")
-        layers = _layers(links)
+        layers = layers_of(links)
         self._observe(model, ctx, links, layers)
         scales = self._search(ctx, links, layers)
-        if not scales:
-            return model
-        return _rewritten(model, ctx, links, layers, scales)
+        for at, (_, found) in scales.items():
+            _report(ctx, links[at], found)
+        totals = {at: scale for at, (scale, _) in scales.items()}
+        return write_scales(model, ctx, totals, links, layers)
 
     def _check(self) -> None:
         for name, value, low, high in (
@@ -96,13 +98,14 @@ class FoldScales(Pass):
     def _observe(
         self, model: Model, ctx: PassContext, links: Sequence[Link], layers: dict[int, Layer]
     ) -> None:
-        """Give every layer samples of what it reads, or an estimate where there is no data."""
-        if ctx.calibration is None:
-            if layers:
-                ctx.remark("note", "", "no calibration data: the sizes of activations are guessed")
+        """Give every layer samples of what it reads, or a guess where there is no data."""
+        if ctx.calibration is None and links:
+            ctx.remark("note", "", "no calibration data: the sizes of activations are guessed")
+        reading = {id(consumer.linear.node) for link in links for consumer in link.consumers}
+        used = [layer for key, layer in layers.items() if key in reading or self.per_tensor]
+        sample_columns(model, ctx, used, self.samples, self.rows)
+        if any(layer.columns is None for layer in used):
             estimate_power(links, layers)
-        else:
-            sample_columns(model, ctx, layers.values(), self.samples, self.rows)
 
     def _search(
         self, ctx: PassContext, links: Sequence[Link], layers: dict[int, Layer]
@@ -117,8 +120,13 @@ class FoldScales(Pass):
                 found = trial.best(self._candidates(trial, sweep))
                 ctx.progress("fold-scales", at + 1, len(links))
                 if not found.text:
+                    if not sweep:
+                        ctx.remark("missed", link.producer.name, "no scale lowers the error")
                     continue
-                _accept(link, layers, found.scale)
+                if reason := overflow(link, layers, found.scale):
+                    ctx.remark("missed", link.producer.name, f"no scale: {reason}")
+                    continue
+                accept(link, layers, found.scale)
                 moved = max(moved, float(np.abs(np.log(found.scale)).max()))
                 total, first = scales.get(at, (np.ones_like(found.scale), found))
                 scales[at] = total * found.scale, replace(found, before=first.before)
@@ -137,76 +145,12 @@ class FoldScales(Pass):
 
 
 def _names(link: Link) -> set[str]:
+    """The nodes by which `only` selects a link."""
     return {link.producer.name, *(c.linear.node.name or "" for c in link.consumers)}
 
 
-def _layers(links: Sequence[Link]) -> dict[int, Layer]:
-    """The linear operators of all links, by the id of their node."""
-    linears = [c.linear for link in links for c in link.consumers]
-    linears += [link.producer.linear for link in links if link.producer.linear is not None]
-    return {id(linear.node): Layer.of(linear) for linear in linears}
-
-
-def _accept(link: Link, layers: dict[int, Layer], scale: Float64) -> None:
-    for consumer in link.consumers:
-        layer = layers[id(consumer.linear.node)]
-        layer.fed = layer.fed * link.spread(scale, consumer.labels)
-    if link.producer.linear is not None:
-        layer = layers[id(link.producer.linear.node)]
-        layer.made = layer.made * scale
-
-
-def _rewritten(
-    model: Model,
-    ctx: PassContext,
-    links: Sequence[Link],
-    layers: dict[int, Layer],
-    scales: dict[int, tuple[Float64, Found]],
-) -> Model:
-    """The model with all scales in its constants, and the normalizations that changed."""
-    rewrite = Rewrite(model, ctx)
-    known = model.find(Norms)
-    norms = dict(known.by_value) if known is not None else {}
-    for at, (scale, found) in scales.items():
-        link = links[at]
-        _scale_vectors(rewrite, link, scale)
-        for name, labels in link.values.items():
-            norm = norms.get(name)
-            if norm is not None and norm.gamma.size == labels.size:
-                divisor = link.spread(scale, labels.reshape(-1)).astype(np.float32)
-                gamma, beta = norm.gamma / divisor, norm.beta / divisor
-                norms[name] = replace(norm, gamma=gamma, beta=beta)
-        readers = ", ".join(f"'{c.linear.node.name}'" for c in link.consumers)
-        ctx.count("links")
-        ctx.remark(
-            "applied", link.producer.name, f"{found.text}: channels scaled back in {readers}",
-            before=found.before, after=found.after,
-        )  # fmt: skip
-    for layer in layers.values():
-        _scale_layer(rewrite, layer)
-    return model.with_fact(Norms(norms))
-
-
-def _scale_vectors(rewrite: Rewrite, link: Link, scale: Float64) -> None:
-    producer = link.producer
-    for at, (node, index) in enumerate(producer.vectors):
-        value = node.inputs[index]
-        assert value is not None
-        assert value.const_value is not None
-        shape, dtype = value.const_value.shape.numpy(), value.const_value.dtype.numpy()
-        scaled = (producer.vector(at) / scale).reshape(shape).astype(dtype)
-        rewrite.set_constant(node, index, scaled, "scaled")
-
-
-def _scale_layer(rewrite: Rewrite, layer: Layer) -> None:
-    if np.all(layer.fed == 1) and np.all(layer.made == 1):
-        return
-    linear = layer.linear
-    bias = linear.bias() if np.any(layer.made != 1) else None
-    weight = layer.matrix.restore(layer.scaled(layer.rows, layer.fed, layer.made))
-    rewrite.set_constant(linear.node, 1, weight.astype(linear.dtype), "weight")
-    if bias is not None and np.any(bias):
-        rewrite.set_constant(
-            linear.last, linear.bias_index, (bias / layer.made).astype(linear.dtype), "bias"
-        )
-        linear.node.attributes.pop("beta", None)
+def _report(ctx: PassContext, link: Link, found: Found) -> None:
+    readers = ", ".join(f"'{consumer.linear.node.name}'" for consumer in link.consumers)
+    text = f"{found.text}: {readers} multiply the channels back"
+    ctx.count("links")
+    ctx.remark("applied", link.producer.name, text, before=found.before, after=found.after)

@@ -29,8 +29,8 @@ def sample_columns(
 ) -> None:
     """Give every layer about `rows` columns of its operand from the first `samples` samples.
 
-    Layers that read one value alike share them. Raises CalibrationError where a value is not
-    finite.
+    Layers that read one value alike share them; nothing changes where there are none. Raises
+    CalibrationError where a value is not finite.
     """
     if not layers or ctx.calibration is None:
         return
@@ -52,9 +52,10 @@ def sample_columns(
             drawn[key].append(found)
         ctx.progress("read layers", at + 1, len(feeds))
     for key, some in by_reading.items():
-        columns = np.concatenate(drawn[key], axis=1)
-        for layer in some:
-            layer.columns = columns
+        if sum(found.shape[1] for found in drawn[key]):
+            columns = np.concatenate(drawn[key], axis=1)
+            for layer in some:
+                layer.columns = columns
 
 
 def estimate_power(links: Sequence[Link], layers: Mapping[int, Layer]) -> None:
@@ -72,7 +73,7 @@ def estimate_power(links: Sequence[Link], layers: Mapping[int, Layer]) -> None:
 def _power(producer: Producer, layers: Mapping[int, Layer]) -> Float64:
     if producer.linear is None:
         vectors = [producer.vector(at) for at in range(len(producer.vectors))]
-        return np.sum(np.square(vectors), axis=0)
+        return np.asarray(np.sum(np.square(vectors), axis=0))
     layer = layers[id(producer.linear.node)]
     rows = np.square(layer.rows, dtype=np.float64).sum(axis=2)
     bias = producer.linear.bias()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, final
 import numpy as np
 import onnx_ir
 
+from octavo.ir.constants import constant_behind
 from octavo.passes.linear import Linear, linear_after
 from octavo.passes.rewrite import constant, is_op, only_reader, operand, owned
 from octavo.passes.scale_paths import passed, rank_of
@@ -147,7 +148,7 @@ def why_not_consumer(linear: Linear, labels: Labels) -> str:
     name = f"'{node.name}'"
     array = constant(weight)
     if weight is None or array is None:
-        return f"the weight of {name} is not constant"
+        return f"the weight of {name} is read through a Transpose"
     if weight.dtype not in _FLOATS:
         return f"the weight of {name} is {weight.dtype}"
     if not owned(weight):
@@ -244,7 +245,7 @@ class _Walk:
         for use in value.uses():
             at = self.order.get(id(use.node))
             if at is None:
-                self._pin(labels, f"the subgraph around '{use.node.name}' reads it")
+                self._pin(labels, "a subgraph reads it")
             else:
                 heapq.heappush(self.waiting, (at, use.node))
 
@@ -255,7 +256,11 @@ class _Walk:
             if value is not None and (value.name or "") in self.values
         }
         linear = Linear(node, node) if is_op(node, "ConvTranspose") else linear_after(node)
-        if linear is not None and set(carried) == {0} and self._constant_weight(linear):
+        if (
+            linear is not None
+            and set(carried) == {0}
+            and constant_behind(linear.weight) is not None
+        ):
             reason = why_not_consumer(linear, carried[0])
             if reason:
                 self._pin(carried[0], reason)
@@ -270,9 +275,6 @@ class _Walk:
             return
         for value, labels in zip(node.outputs, found, strict=True):
             self._reach(value, labels)
-
-    def _constant_weight(self, linear: Linear) -> bool:
-        return not is_op(linear.node, "MatMul") or constant(linear.weight) is not None
 
     def _pin(self, labels: Labels, reason: str) -> None:
         """These channels keep their scale."""

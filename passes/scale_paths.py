@@ -217,9 +217,8 @@ def _varying(labels: Labels) -> list[int]:
 
 def _integers(node: onnx_ir.Node, index: int, name: str) -> Sequence[int] | None:
     """Constant integers from an input or, in old operator sets, an attribute; [] for neither."""
-    given = node.attributes.get_ints(name)
-    if given is not None:
-        return [int(i) for i in given]
+    if name in node.attributes:
+        return list(node.attributes.get_ints(name, ()))
     if index >= len(node.inputs) or node.inputs[index] is None:
         return []
     array = constant(node.inputs[index])

@@ -8,23 +8,13 @@ from typing import TYPE_CHECKING, final
 import numpy as np
 
 from octavo.ir.mapped import reading
-from octavo.ir.quant import (
-    PerAxis,
-    PerBlock,
-    PerTensor,
-    QuantSpec,
-    dequantize,
-    params_for_range,
-    quantize,
-    round_weight,
-)
+from octavo.ir.quant import QuantSpec, dequantize, params_for_range, quantize
 from octavo.passes.rewrite import is_op
 from octavo.passes.weight_matrix import WeightMatrix
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from octavo.ir.quant import Granularity, QuantType
     from octavo.passes.linear import Linear
 
     Float32 = NDArray[np.float32]
@@ -45,15 +35,21 @@ class Rounding:
     activation_bits: int = 0
 
     def rows(self, rows: Float32, blocks: bool) -> Float32:
-        """Rows `[groups, N, K]`, rounded to the nearest codes."""
-        granularity: Granularity = PerAxis(0)
-        if self.per_tensor:
-            granularity = PerTensor()
-        elif self.block and blocks:
-            granularity = PerBlock(1, self.block)
-        dtype: QuantType = f"s{self.bits}"  # type: ignore[assignment]
-        flat = rows.reshape(-1, rows.shape[-1])
-        return round_weight(flat, QuantSpec(dtype, granularity, symmetric=True)).reshape(rows.shape)
+        """Rows `[groups, N, K]` rounded to the nearest codes, like `round_weight` of ir/quant.
+
+        No code is beyond the grid, so that nothing needs to be clipped.
+        """
+        size = self.block if self.block and blocks and not self.per_tensor else rows.shape[-1]
+        short = -rows.shape[-1] % max(size, 1)
+        padded = np.pad(rows, ((0, 0), (0, 0), (0, short))) if short else rows
+        cells = padded.reshape((1, -1) if self.per_tensor else (-1, max(size, 1)))
+        largest = np.maximum(cells.max(1, initial=0.0), -cells.min(1, initial=0.0))
+        scale = np.asarray(largest / ((1 << (self.bits - 1)) - 1), np.float32)[:, None]
+        scale = np.where(scale <= np.finfo(np.float32).tiny, np.float32(1), scale)
+        codes = cells / scale
+        np.rint(codes, out=codes)
+        codes *= scale
+        return codes.reshape(padded.shape)[..., : rows.shape[-1]]
 
     def activations(self, x: Float32) -> Float32:
         """Activations on one grid that covers them."""
@@ -71,7 +67,7 @@ class Layer:
 
     `fed` (input channels) multiplies the weight's columns, `made` (output channels) divides its
     rows. `columns` are samples of the operand, `[groups, samples, K]`; where there is no data,
-    `power` holds an estimate of every input channel's mean square.
+    `power` holds an estimate of every input channel's mean square. `signal` is ‖XWᵀ‖², once known.
     """
 
     linear: Linear
@@ -80,6 +76,7 @@ class Layer:
     made: Float64
     columns: Float32 | None = None
     power: Float64 | None = None
+    signal: float = 0.0
 
     @staticmethod
     def of(linear: Linear) -> Layer:
@@ -94,12 +91,12 @@ class Layer:
         assert tensor is not None
         return reading(tensor, lambda array: np.array(self.matrix.rows(array)))
 
-    def of_columns(self, channels: NDArray[np.generic]) -> NDArray[np.generic]:
+    def of_columns(self, channels: Float64) -> Float64:
         """One entry per input channel as `[groups, 1, K]`."""
         each = self.matrix.groups * self.matrix.width // max(channels.size, 1)
         return np.repeat(channels, each).reshape(self.matrix.groups, 1, -1)
 
-    def of_rows(self, channels: NDArray[np.generic]) -> NDArray[np.generic]:
+    def of_rows(self, channels: Float64) -> Float64:
         """One entry per output channel as `[groups, N, 1]`."""
         each = self.matrix.groups * self.matrix.rows_per_group // max(channels.size, 1)
         return np.repeat(channels, each).reshape(self.matrix.groups, -1, 1)
@@ -136,23 +133,28 @@ class Layer:
         Without samples the channels of X count as independent: Σ power ‖Δw‖² / Σ power ‖w‖².
         """
         blocks = not is_op(self.linear.node, "Conv", "ConvTranspose")
-        now = rounding.rows(self.scaled(rows, fed, made), blocks)
-        kept = np.asarray(now * (self.of_rows(made) / self.of_columns(fed)), np.float32)
+        inward = np.asarray(self.of_columns(fed), np.float32)
+        outward = np.asarray(self.of_rows(made), np.float32) if rounding.per_tensor else None
+        scaled = rows * inward if outward is None else rows * (inward / outward)
+        kept = rounding.rows(scaled, blocks)
+        kept /= inward if outward is None else inward / outward
         if self.columns is None:
             assert self.power is not None
             power = self.of_columns(self.power)
             return _ratio(np.sum(power * (kept - rows) ** 2), np.sum(power * rows**2))
-        columns = self.columns
+        if not self.signal:
+            self.signal = _squares(self.columns @ rows.transpose(0, 2, 1))
+        kept -= rows
+        difference = self.columns @ kept.transpose(0, 2, 1)
         if rounding.activation_bits:
-            spread = np.asarray(self.of_columns(fed), np.float32)
-            columns = rounding.activations(columns / spread) * spread
-        turned = rows.transpose(0, 2, 1)
-        truth = self.columns @ turned
-        if rounding.activation_bits:
-            difference = columns @ kept.transpose(0, 2, 1) - truth
-        else:
-            difference = columns @ (kept - rows).transpose(0, 2, 1)
-        return _ratio(np.sum(difference**2, dtype=np.float64), np.sum(truth**2, dtype=np.float64))
+            kept += rows
+            noise = rounding.activations(self.columns / inward) * inward - self.columns
+            difference += noise @ kept.transpose(0, 2, 1)
+        return _ratio(_squares(difference), self.signal)
+
+
+def _squares(array: Float32) -> float:
+    return float(np.vdot(array, array))
 
 
 def _ratio(error: float, signal: float) -> float:
