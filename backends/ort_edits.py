@@ -21,10 +21,11 @@ def insert(
     inputs: Sequence[onnx_ir.Value | None],
     name: str,
     attributes: dict[str, int] | None = None,
+    domain: str = "",
 ) -> onnx_ir.Node:
     """A new node in front of another; it and its value are called `name`, or like it."""
     name = unique(graph, name)
-    node = onnx_ir.node(op_type, inputs, attributes=attributes or {}, name=name)
+    node = onnx_ir.node(op_type, inputs, attributes=attributes or {}, domain=domain, name=name)
     node.outputs[0].name = name
     graph.insert_before(before, node)
     return node

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from octavo.backends import ort_blocks as blocks
 from octavo.backends import ort_layout as layout
 from octavo.backends import ort_rewrites as rewrites
+from octavo.backends.ort_packing import behind
 from octavo.backends.ort_target import MICROSOFT, ORT_CPU
 from octavo.ir.artifact import Artifact, PlannedNode
 from octavo.ir.errors import UsageError
@@ -77,7 +79,8 @@ def _write_kernels(graph: onnx_ir.Graph) -> Iterator[tuple[str, str]]:
     for node in list(graph):
         form = _kernel_form(node)
         if form is not None:
-            tail = node if form is rewrites.dynamic_lstm else rewrites.linear_tail(node)[0]
+            linear = form not in (rewrites.dynamic_lstm, blocks.blocked_gather)
+            tail = rewrites.linear_tail(node)[0] if linear else node
             yield node.name or "", tail.outputs[0].name or ""
             form(graph, node)
 
@@ -95,13 +98,16 @@ def _kernel_form(node: onnx_ir.Node) -> Callable[[onnx_ir.Graph, onnx_ir.Node], 
     if option == "dynamic":
         return rewrites.dynamic_lstm if node.op_type == "LSTM" else rewrites.dynamic_matmul
     if option == "weight-only":
-        return rewrites.blocked_matmul
-    if option == "static" and node.op_type in ("MatMul", "Gemm"):
-        weight = node.inputs[1].producer() if node.inputs[1] is not None else None
-        has_weight = weight is not None and weight.domain == DOMAIN
-        if has_weight and not _quantized_later(rewrites.linear_tail(node)[0].outputs[0]):
-            return rewrites.static_matmul
+        return blocks.blocked_gather if node.op_type == "Gather" else blocks.blocked_matmul
+    if option == "static" and node.op_type in ("MatMul", "Gemm") and _reads_weight(node):
+        tail, _ = rewrites.linear_tail(node)
+        return None if _quantized_later(tail.outputs[0]) else rewrites.static_matmul
     return None
+
+
+def _reads_weight(node: onnx_ir.Node) -> bool:
+    fake, _ = behind(node.inputs[1])
+    return fake is not None and fake.domain == DOMAIN and _is_constant(fake)
 
 
 def _quantized_later(value: onnx_ir.Value) -> bool:
@@ -122,11 +128,22 @@ def _is_constant(fake: onnx_ir.Node) -> bool:
 
 
 def _rewrite_constant(graph: onnx_ir.Graph, fake: onnx_ir.Node) -> None:
-    methods = {_method(use.node) for use in fake.outputs[0].uses()}
-    if methods == {"storage"}:
-        rewrites.store_constant(graph, fake)
-    elif methods == {"static"}:
-        rewrites.quantize_constant(graph, fake)
+    """The form of a weight for every method that still reads its FakeQuant."""
+    readers = list(_readers(fake))
+    forms = {"storage": rewrites.store_constant, "static": rewrites.quantize_constant}
+    for method, form in forms.items():
+        found = [reader for reader in readers if _method(reader.node) == method]
+        if found:
+            form(graph, fake, found)
+
+
+def _readers(fake: onnx_ir.Node) -> Iterator[rewrites.Reader]:
+    for use in fake.outputs[0].uses():
+        if use.node.op_type == "Transpose" and not _method(use.node):
+            for behind in use.node.outputs[0].uses():
+                yield rewrites.Reader(behind.node, behind.idx, turned=True)
+        else:
+            yield rewrites.Reader(use.node, use.idx)
 
 
 def _drop_unused(own: Model) -> None:
@@ -219,7 +236,9 @@ def _constant_bytes(node: onnx_ir.Node) -> int:
 
 
 _ABSORBED = ORT_CPU.fused_activations
-_UNPACKERS = ("DequantizeLinear", "Cast", "Mul", "Gather", "Reshape", "Slice", "BitwiseOr")
+_UNPACKERS = (
+    "DequantizeLinear", "Cast", "Mul", "Gather", "Reshape", "Slice", "BitwiseOr", "Transpose",
+)  # fmt: skip
 
 
 # What passes note for each other; folding leaves up to kilobytes on a constant.

@@ -1,8 +1,7 @@
 """The codes of a constant as the file holds them, unpacked by operators that fold at load.
 
-Embeddings too become an int8 table when the model loads: looking up packed rows and unpacking
-those measured 2 to 10 times slower per run (GatherBlockQuantized, byte tables), and the table
-takes a quarter of the float one.
+Embeddings with a scale per row become an int8 table when the model loads, a quarter of the float
+one; those with blocks stay packed (`ort_blocks`), at 2 to 3 times the microseconds of a lookup.
 """
 
 from __future__ import annotations
@@ -20,10 +19,12 @@ from octavo.ir.packing import pack, parts, sizes_name, steps
 from octavo.ir.quant import QuantParams, quantize
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
-    from octavo.ir.packing import Step
-    from octavo.ir.quant import QuantSpec
+    from octavo.ir.packing import Part, Step
+    from octavo.ir.quant import Codes, QuantSpec
 
 
 def codes_of(
@@ -57,7 +58,7 @@ def stem(fake: onnx_ir.Node) -> str:
     return f"{value.name}#{number}" if number else value.name or ""
 
 
-def plain_codes(fake: onnx_ir.Node, params: QuantParams) -> NDArray[np.int8 | np.uint8]:
+def plain_codes(fake: onnx_ir.Node, params: QuantParams) -> Codes:
     """The codes of the constant that a FakeQuant reads, a byte each."""
     tensor = input_of(fake, 0).const_value
     assert tensor is not None
@@ -71,23 +72,88 @@ def plain_shape(fake: onnx_ir.Node) -> tuple[int, ...]:
     return tuple(tensor.shape.numpy())
 
 
-def _emit(
+def turned_codes(graph: onnx_ir.Graph, fake: onnx_ir.Node) -> onnx_ir.Value:
+    """The transposed codes of a matrix that others read as it is, turned at load."""
+    codes = codes_of(graph, fake)
+    return insert(graph, fake, "Transpose", [codes], f"{stem(fake)}_qt").outputs[0]
+
+
+def fake_behind(value: onnx_ir.Value | None) -> tuple[onnx_ir.Node, bool]:
+    """The FakeQuant of a weight, and whether a Transpose turns what it makes."""
+    fake, turned = behind(value)
+    assert fake is not None
+    return fake, turned
+
+
+def behind(value: onnx_ir.Value | None) -> tuple[onnx_ir.Node | None, bool]:
+    """What makes a value, and whether a Transpose turns it."""
+    made = value.producer() if value is not None else None
+    if made is None or made.op_type != "Transpose" or made.domain:
+        return made, False
+    source = made.inputs[0]
+    return None if source is None else source.producer(), True
+
+
+def scale_of(
     graph: onnx_ir.Graph,
     before: onnx_ir.Node,
-    codes: NDArray[np.int8 | np.uint8],
-    spec: QuantSpec,
     name: str,
+    array: NDArray[np.float32],
+    spec: QuantSpec,
+) -> onnx_ir.Value:
+    """A constant scale, in float16 with a Cast that folds at load where the spec says so.
+
+    Readers that want it in different shapes share one, reshaped at load.
+    """
+    name = f"{name}_scale"
+    known: dict[Any, onnx_ir.Value] = graph.meta.setdefault("octavo.scales", {})
+    found = known.get(name)
+    if found is None and not spec.half_scales:
+        found = constant(graph, name, array)
+    elif found is None:
+        half = constant(graph, f"{name}_f16", array.astype(np.float16))
+        found = insert(graph, before, "Cast", [half], name, {"to": 1}).outputs[0]
+        found.shape = half.shape
+    known[name] = found
+    assert found.shape is not None
+    if tuple(found.shape) == array.shape:
+        return found
+    key = name, array.shape
+    if key not in known:
+        sizes = constant(graph, sizes_name(array.shape), np.array(array.shape, np.int64))
+        made = insert(graph, before, "Reshape", [found, sizes], f"{name}_{array.ndim}")
+        known[key] = made.outputs[0]
+    return known[key]
+
+
+def _emit(
+    graph: onnx_ir.Graph, before: onnx_ir.Node, codes: Codes, spec: QuantSpec, name: str
 ) -> onnx_ir.Value:
     """Packed constants and the nodes from them to `name`; one constant where a code is a byte."""
-    made = steps(codes.shape, spec)
-    packed = pack(codes, spec)
+    return emit(graph, before, pack(codes, spec), parts(spec), steps(codes.shape, spec), name)
+
+
+def emit(
+    graph: onnx_ir.Graph,
+    before: onnx_ir.Node,
+    packed: Sequence[NDArray[Any]],
+    stored: Sequence[Part],
+    made: Sequence[Step],
+    name: str,
+) -> onnx_ir.Value:
+    """Constants of the stored parts, and the steps from them to a value called `name`.
+
+    Without steps, the one constant that is stored. What follows the parts is a codebook.
+    """
     if not made:
         return constant(graph, unique(graph, name), packed[0])
     values: dict[str, onnx_ir.Value] = {}
-    for index, (part, array) in enumerate(zip(parts(spec), packed, strict=True)):
+    for index, (part, array) in enumerate(zip(stored, packed, strict=False)):
         values[f"part{index}"] = constant(graph, unique(graph, f"{name}{index}"), array)
         if part.native is None:
             values[f"table{index}"] = constant(graph, part.table_name, part.table)
+    if len(packed) > len(stored):
+        values["codebook"] = constant(graph, unique(graph, f"{name}_codes"), packed[-1])
     for step in made:
         last = step is made[-1]
         values[step.output] = _add(graph, before, step, values, name if last else "")

@@ -6,21 +6,43 @@ that the audit finds a planned node's kernel by name.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
 
 import numpy as np
 import onnx_ir
 
 from octavo.backends.ort_edits import input_array, input_of, insert, producer_of, replace
-from octavo.backends.ort_packing import codes_of, plain_codes, plain_shape, stem
+from octavo.backends.ort_packing import (
+    codes_of,
+    fake_behind,
+    plain_shape,
+    scale_of,
+    stem,
+    turned_codes,
+)
 from octavo.ir.fake_quant import constant, params_of
-from octavo.ir.packing import pack_blocks, sizes_name
-from octavo.ir.quant import PerAxis, PerBlock, QuantParams, broadcast_params
+from octavo.ir.packing import sizes_name
+from octavo.ir.quant import PerAxis, PerBlock, broadcast_params
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from octavo.ir.quant import QuantParams
 
 MICROSOFT = "com.microsoft"
+
+
+@final
+@dataclass(frozen=True)
+class Reader:
+    """A node that reads a quantized value as input `index`, `turned` through a Transpose."""
+
+    node: onnx_ir.Node
+    index: int
+    turned: bool = False
+
+
+Readers = Sequence[Reader]
 
 
 def quantize_activation(graph: onnx_ir.Graph, fake: onnx_ir.Node) -> None:
@@ -30,39 +52,50 @@ def quantize_activation(graph: onnx_ir.Graph, fake: onnx_ir.Node) -> None:
     quantized = insert(graph, fake, "QuantizeLinear", [value, *numbers], f"{value.name}_q").outputs[
         0
     ]
-    _fan_out(graph, fake, [quantized, *numbers], value.name or "", {})
+    uses = [Reader(use.node, use.idx) for use in fake.outputs[0].uses()]
+    _fan_out(graph, uses, [quantized, *numbers], value.name or "", {})
+    if fake.outputs[0].is_graph_output():
+        replace(graph, fake, "DequantizeLinear", [quantized, *numbers], {})
 
 
-def quantize_constant(graph: onnx_ir.Graph, fake: onnx_ir.Node) -> None:
+def quantize_constant(graph: onnx_ir.Graph, fake: onnx_ir.Node, readers: Readers) -> None:
     """A constant as codes with a DQ for every reader; only Conv fuses without a zero point."""
     params, name = params_of(fake), stem(fake)
-    codes = codes_of(graph, fake)
-    numbers = [constant(graph, f"{name}_scale", params.scale)]
-    if any(use.node.op_type != "Conv" for use in fake.outputs[0].uses()):
+    numbers = [scale_of(graph, fake, name, params.scale, params.spec)]
+    if any(reader.node.op_type != "Conv" for reader in readers):
         numbers.append(_zero_point(graph, params, name))
     axis = params.spec.granularity.axis if isinstance(params.spec.granularity, PerAxis) else None
-    attributes = {} if axis is None else {"axis": axis}
-    _fan_out(graph, fake, [codes, *numbers], name, attributes)
+    for turned in (False, True):
+        found = [reader for reader in readers if reader.turned == turned]
+        if found:
+            codes = turned_codes(graph, fake) if turned else codes_of(graph, fake)
+            attributes = {} if axis is None else {"axis": 1 - axis if turned else axis}
+            _fan_out(graph, found, [codes, *numbers], f"{name}{'_t' * turned}", attributes)
 
 
-def store_constant(graph: onnx_ir.Graph, fake: onnx_ir.Node) -> None:
+def store_constant(graph: onnx_ir.Graph, fake: onnx_ir.Node, readers: Readers) -> None:
     """`Cast(codes) · scale`, which the runtime folds when it loads; after the lookup for Gather."""
-    codes, name = codes_of(graph, fake), stem(fake)
-    scale = constant(graph, f"{name}_scale", input_array(fake, 1))
     scaled: onnx_ir.Value | None = None
-    for use in list(fake.outputs[0].uses()):
-        if use.node.op_type == "Gather" and use.idx == 0:
-            _gather_codes(graph, use.node, codes, scale)
-        else:
-            scaled = scaled or _scaled(graph, fake, codes, scale, name)
-            use.node.replace_input_with(use.idx, scaled)
+    for reader in readers:
+        if reader.node.op_type == "Gather" and reader.index == 0 and not _in_blocks(fake):
+            _gather_codes(graph, reader.node, fake)
+            continue
+        scaled = scaled or _scaled(graph, fake)
+        # What turns it folds as well.
+        target = reader.node if not reader.turned else producer_of(reader.node, reader.index)
+        target.replace_input_with(0 if reader.turned else reader.index, scaled)
+
+
+def _in_blocks(fake: onnx_ir.Node) -> bool:
+    granularity = params_of(fake).spec.granularity
+    return isinstance(granularity, PerBlock)
 
 
 def dynamic_matmul(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
     """`DynamicQuantizeMatMul`; readers of one value share its quantization instead."""
-    dynamic, fake = producer_of(node, 0), producer_of(node, 1)
+    dynamic = producer_of(node, 0)
     value = input_of(dynamic, 0)
-    codes, scale = _columns(graph, node, fake)
+    codes, scale = _columns(graph, node)
     tail, bias = linear_tail(node)
     shared = _dynamic_codes(value)
     if shared is None and len(dynamic.outputs[0].uses()) > 1:
@@ -79,7 +112,7 @@ def dynamic_matmul(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
 def static_matmul(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
     """`MatMulIntegerToFloat`, for a float output: as Q/DQ its bias would keep the node float."""
     quantized, scale, zero = (input_of(producer_of(node, 0), k) for k in range(3))
-    codes, columns = _columns(graph, node, producer_of(node, 1))
+    codes, columns = _columns(graph, node)
     tail, bias = linear_tail(node)
     inputs = [quantized, codes, scale, columns, zero, None, bias]
     replace(graph, tail, "MatMulIntegerToFloat", inputs, domain=MICROSOFT, name=node.name)
@@ -100,42 +133,16 @@ def linear_tail(node: onnx_ir.Node) -> tuple[onnx_ir.Node, onnx_ir.Value | None]
     return (add, bias) if list(bias.const_value.shape) == [columns[-1]] else (node, None)
 
 
-def _columns(
-    graph: onnx_ir.Graph, node: onnx_ir.Node, fake: onnx_ir.Node
-) -> tuple[onnx_ir.Value, onnx_ir.Value]:
+def _columns(graph: onnx_ir.Graph, node: onnx_ir.Node) -> tuple[onnx_ir.Value, onnx_ir.Value]:
     """Codes `[K, N]` and their scales; a transposed Gemm weight is turned here."""
+    fake, turned = fake_behind(node.inputs[1])
     transposed = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
-    codes = codes_of(graph, fake, (1, 0) if transposed else None)
-    return codes, constant(graph, f"{stem(fake)}_scale", params_of(fake).scale)
-
-
-def blocked_matmul(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
-    """`MatMulNBits`: the weight as `[N, K/block]` blocks of 8-, 4- or 2-bit codes."""
-    fake = producer_of(node, 1)
-    params, name = params_of(fake), stem(fake)
-    granularity = params.spec.granularity
-    assert isinstance(granularity, PerBlock)
-    size, bits = granularity.size, params.spec.bits
-    codes, scales = plain_codes(fake, params).astype(np.int8, copy=False), params.scale
-    if granularity.axis == 0:
-        codes, scales = codes.T, scales.T
-    columns, rows = codes.shape
-    packed = constant(graph, f"{name}_q", pack_blocks(codes, bits, size))
-    scale = constant(graph, f"{name}_scale", np.ascontiguousarray(scales).reshape(-1))
-    attributes = {"K": rows, "N": columns, "bits": bits, "block_size": size, "accuracy_level": 4}
-    tail, bias = linear_tail(node)
-    inputs = [node.inputs[0], packed, scale]
-    if bias is not None:
-        inputs += [None, None, _vector(graph, bias)]
-    replace(graph, tail, "MatMulNBits", inputs, attributes, MICROSOFT, node.name)
-
-
-def _vector(graph: onnx_ir.Graph, bias: onnx_ir.Value) -> onnx_ir.Value:
-    """A constant bias as a vector; Gemm also takes one of shape `[1, N]`."""
-    assert bias.const_value is not None
-    if len(bias.const_value.shape) == 1:
-        return bias
-    return constant(graph, f"{bias.name}_vector", bias.const_value.numpy().reshape(-1))
+    if turned:
+        codes = codes_of(graph, fake) if transposed else turned_codes(graph, fake)
+    else:
+        codes = codes_of(graph, fake, (1, 0) if transposed else None)
+    params = params_of(fake)
+    return codes, scale_of(graph, fake, stem(fake), params.scale, params.spec)
 
 
 def dynamic_lstm(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
@@ -152,7 +159,7 @@ def dynamic_lstm(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
         scale = np.broadcast_to(spread, (directions, rows, 1))[..., 0]
         zero = np.zeros(scale.shape, np.int8)
         inputs += [
-            constant(graph, f"{name}_scale", np.ascontiguousarray(scale)),
+            scale_of(graph, node, name, np.ascontiguousarray(scale), params.spec),
             constant(graph, f"zero_s8_{directions}x{rows}", zero),
         ]
     attributes = {
@@ -165,25 +172,22 @@ def dynamic_lstm(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
 
 def _fan_out(
     graph: onnx_ir.Graph,
-    fake: onnx_ir.Node,
+    readers: Readers,
     inputs: Sequence[onnx_ir.Value],
     name: str,
     attributes: dict[str, int],
 ) -> None:
-    output = fake.outputs[0]
-    for count, use in enumerate(list(output.uses())):
+    for count, reader in enumerate(readers):
         suffix = str(count) if count else ""
         node = insert(
-            use.node.graph or graph,
-            use.node,
+            reader.node.graph or graph,
+            reader.node,
             "DequantizeLinear",
             inputs,
             f"{name}_dq{suffix}",
             attributes,
         )
-        use.node.replace_input_with(use.idx, node.outputs[0])
-    if output.is_graph_output():
-        replace(graph, fake, "DequantizeLinear", list(inputs), attributes)
+        reader.node.replace_input_with(reader.index, node.outputs[0])
 
 
 def _numbers(graph: onnx_ir.Graph, name: str, params: QuantParams) -> list[onnx_ir.Value]:
@@ -200,26 +204,27 @@ def _zero_point(graph: onnx_ir.Graph, params: QuantParams, name: str) -> onnx_ir
     return constant(graph, f"{name}_zero_point" if array.any() else shared, array)
 
 
-def _gather_codes(
-    graph: onnx_ir.Graph, node: onnx_ir.Node, codes: onnx_ir.Value, scale: onnx_ir.Value
-) -> None:
-    out = node.outputs[0].name or ""
+def _gather_codes(graph: onnx_ir.Graph, node: onnx_ir.Node, fake: onnx_ir.Node) -> None:
+    out, params = node.outputs[0].name or "", params_of(fake)
+    codes = codes_of(graph, fake)
     rows = insert(graph, node, "Gather", [codes, node.inputs[1]], f"{out}_rows")
-    if scale.const_value is not None and scale.const_value.size > 1:
+    if params.spec.half:
+        replace(graph, node, "Cast", [rows.outputs[0]], {"to": 1})
+        return
+    scale = scale_of(graph, fake, stem(fake), input_array(fake, 1), params.spec)
+    if params.scale.size > 1:
         gathered = insert(graph, node, "Gather", [scale, node.inputs[1]], f"{out}_row_scales")
         scale = gathered.outputs[0]
     real = insert(graph, node, "Cast", [rows.outputs[0]], f"{out}_f32", {"to": 1})
     replace(graph, node, "Mul", [real.outputs[0], scale])
 
 
-def _scaled(
-    graph: onnx_ir.Graph,
-    fake: onnx_ir.Node,
-    codes: onnx_ir.Value,
-    scale: onnx_ir.Value,
-    name: str,
-) -> onnx_ir.Value:
+def _scaled(graph: onnx_ir.Graph, fake: onnx_ir.Node) -> onnx_ir.Value:
     """The float weight; blocks are scaled with their axis split."""
+    codes, name, spec = codes_of(graph, fake), stem(fake), params_of(fake).spec
+    if spec.half:
+        return insert(graph, fake, "Cast", [codes], f"{name}_f32", {"to": 1}).outputs[0]
+    scale = scale_of(graph, fake, name, input_array(fake, 1), spec)
     real = insert(graph, fake, "Cast", [codes], f"{name}_f32", {"to": 1}).outputs[0]
     if fake.op_type != "FakeQuantBlocks":
         return insert(graph, fake, "Mul", [real, scale], f"{name}_dq").outputs[0]

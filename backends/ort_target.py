@@ -161,7 +161,7 @@ def _storage(
         op_type, "storage", (), (), weights=weights, weight_axis=axis, output="float",
         blocks=(0,) if op_type == "Gather" else (0, *_BLOCKS),
         conditions=(*map(_float_constant, weights), *conditions),
-        note="stored in 1 to 8 bits, unpacked when the model loads",
+        note="stored in 1 to 8 bits or as float16, unpacked when the model loads",
     )  # fmt: skip
 
 
@@ -226,17 +226,24 @@ _DYNAMIC = (
     ),
 )  # fmt: skip
 
-_WEIGHT_ONLY = tuple(
+_TABLE = (_float_constant(0), _attribute("axis", 0, 0), _rank(0, 2))
+_WEIGHT_ONLY = (
     KernelRow(
+        "Gather", "weight-only", (f"{MICROSOFT}::GatherBlockQuantized",), (), weights=(0,),
+        blocks=_BLOCKS, output="float", conditions=_TABLE, speed=2.5,
+        note="rows of blocks, dequantized when they are looked up",
+    ),
+    *(KernelRow(
         op_type, "weight-only", (f"{MICROSOFT}::MatMulNBits",), (), weights=(1,), weight_axis=axis,
-        bits=(2, 4, 8), blocks=_BLOCKS, bias=bias, output="float", conditions=conditions, speed=0.9,
-        note="fast for one row (decoding), slower than dynamic for many",
+        blocks=_BLOCKS, bias=bias, output="float", conditions=conditions, speed=0.9,
+        note="fast for one row (decoding), slower than dynamic for many; the kernel's codes have "
+        "2, 4 or 8 bits, others become the next of these when the model loads",
     )
     for op_type, axis, bias, conditions in (
         ("MatMul", 1, None, (_float_constant(1), _rank(1, 2))),
         ("Gemm", 1, 2, _gemm_conditions(0)),
         ("Gemm", 0, 2, _gemm_conditions(1)),
-    )
+    )),
 )  # fmt: skip
 
 _STORAGE = (
@@ -246,7 +253,7 @@ _STORAGE = (
     _storage("MatMul", (1,), -1),
     _storage("Gemm", (1,), 0, _attribute("transB", 0, 1)),
     _storage("Gemm", (1,), 1, _attribute("transB", 0, 0)),
-    _storage("Gather", (0,), 0, _attribute("axis", 0, 0), _rank(0, 2)),
+    _storage("Gather", (0,), 0, *_TABLE[1:]),
     *(_storage(op_type, (1, 2), 1) for op_type in ("LSTM", "GRU", "RNN")),
 )
 

@@ -18,7 +18,7 @@ def constant_behind(value: onnx_ir.Value | None) -> TensorProtocol | None:
 
     Size and dtype are those of `value`; the shape is only where `is_turned` is false.
     """
-    source = _matrix_source(value)
+    source = matrix_source(value)
     if source is not None:
         return source.const_value
     return value.const_value if value is not None else None
@@ -29,7 +29,7 @@ def own_constant(value: onnx_ir.Value, graph: onnx_ir.Graph) -> onnx_ir.Value:
 
     The turned matrix is computed when it is read, and not kept.
     """
-    source = _matrix_source(value)
+    source = matrix_source(value)
     if source is None or source.const_value is None:
         return value
     tensor, name = source.const_value, f"{source.name}_turned"
@@ -47,7 +47,8 @@ def own_constant(value: onnx_ir.Value, graph: onnx_ir.Graph) -> onnx_ir.Value:
     return made
 
 
-def _matrix_source(value: onnx_ir.Value | None) -> onnx_ir.Value | None:
+def matrix_source(value: onnx_ir.Value | None) -> onnx_ir.Value | None:
+    """The constant matrix that a Transpose turns into `value`, `None` for any other value."""
     made = value.producer() if value is not None else None
     if made is None or made.op_type != "Transpose" or made.domain:
         return None

@@ -3,8 +3,8 @@
 `FakeQuant(x, scale, zero_point)` rounds `x` to its grid and returns floats; scale and zero point
 (float32) have a shape that broadcasts against `x`. `FakeQuantBlocks` does so per block of one
 axis, on `x` reshaped to `blocked_shape`. `FakeQuantBinary(x, scale, zero_point)` keeps only the
-sign. `FakeQuantDynamic(x)` finds u8 parameters at run time. All are also local functions of
-standard operators, so that the model always runs.
+sign, `FakeQuantHalf(x)` what float16 holds. `FakeQuantDynamic(x)` finds u8 parameters at run
+time. All are also local functions of standard operators, so that the model always runs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 DOMAIN = "octavo"
 OPTION = "octavo.option"
 _OPSET = 21
-_SPEC = re.compile(r"([us]\d)/(?:(tensor)|axis(\d+)|block(\d+)@(\d+))(-)?(?:~(\d))?$")
+_SPEC = re.compile(
+    r"([us]\d|f16)/(?:(tensor)|axis(\d+)|block(\d+)@(\d+))(?:#(\d))?(-)?(?:~(\d))?(h)?$"
+)
 
 _BODIES = {
     "FakeQuant": """
@@ -71,6 +73,15 @@ _BODIES = {
             opposite = Neg (scale)
             y = Where (negative, opposite, scale)
         }""",
+    "FakeQuantHalf": """
+        <opset_import: ["" : 21], domain: "octavo">
+        FakeQuantHalf <spec: string> (x) => (y) {
+            low = Constant <value_float: float = -65504.0> ()
+            high = Constant <value_float: float = 65504.0> ()
+            clipped = Clip (x, low, high)
+            half = Cast <to: int = 10> (clipped)
+            y = Cast <to: int = 1> (half)
+        }""",
     "FakeQuantDynamic": """
         <opset_import: ["" : 21], domain: "octavo">
         FakeQuantDynamic (x) => (y) {
@@ -101,6 +112,8 @@ def fake_quant_node(
     Blocks that do not divide their axis, and those of a binary spec, have their scales spread to
     the shape of `value`, which costs as much memory as `value` does.
     """
+    if params.spec.half:
+        return _half_node(value, params.spec, name)
     shape = _dims(value)
     blocked = _blocked_shape(params.spec, shape)
     if blocked is None:
@@ -128,6 +141,13 @@ def fake_quant_node(
         domain=DOMAIN,
         name=name,
     )
+    node.outputs[0].shape, node.outputs[0].type = value.shape, value.type
+    return node
+
+
+def _half_node(value: onnx_ir.Value, spec: QuantSpec, name: str) -> onnx_ir.Node:
+    attributes = {"spec": spec_text(spec)}
+    node = onnx_ir.node("FakeQuantHalf", [value], attributes=attributes, domain=DOMAIN, name=name)
     node.outputs[0].shape, node.outputs[0].type = value.shape, value.type
     return node
 
@@ -175,6 +195,8 @@ def _set_params(
 def params_of(node: onnx_ir.Node) -> QuantParams:
     """The parameters a FakeQuant node carries, in the shape of its granularity."""
     spec = parse_spec(node.attributes["spec"].as_string())
+    if spec.half:
+        return QuantParams(spec, np.ones((), np.float32), np.zeros((), np.int32))
     scale, zero = (_array(node.inputs[k]) for k in (1, 2))
     match spec.granularity:
         case PerTensor():
@@ -205,9 +227,12 @@ def constant(graph: onnx_ir.Graph, name: str, array: NDArray[np.generic]) -> onn
 
 
 def spec_text(spec: QuantSpec) -> str:
-    """`s8/axis0`, then `-` for a symmetric grid and `~7` where fewer bits are used."""
+    """`s8/axis0`, `-` for a symmetric grid, `~7` where fewer bits are used, `h` for half scales.
+
+    Indices of 4 bits into a table of codes are `s8/axis0#4`.
+    """
     used = f"~{spec.used_bits}" if spec.used_bits else ""
-    return f"{spec.dtype}/{spec.granularity}{'-' if spec.symmetric else ''}{used}"
+    return f"{spec}{'-' if spec.symmetric else ''}{used}{'h' if spec.half_scales else ''}"
 
 
 def parse_spec(text: str) -> QuantSpec:
@@ -216,7 +241,7 @@ def parse_spec(text: str) -> QuantSpec:
     if match is None:
         message = f"'{text}' is not a quantization spec"
         raise ValueError(message)
-    dtype, tensor, axis, size, block_axis, symmetric, used = match.groups()
+    dtype, tensor, axis, size, block_axis, index, symmetric, used, half = match.groups()
     granularity = (
         PerTensor()
         if tensor
@@ -224,8 +249,11 @@ def parse_spec(text: str) -> QuantSpec:
         if axis is not None
         else PerBlock(int(block_axis), int(size))
     )
-    used_bits = int(used) if used else None
-    return QuantSpec(cast("QuantType", dtype), granularity, bool(symmetric), used_bits)
+    numbers = (int(number) if number else None for number in (used, index))
+    used_bits, index_bits = numbers
+    return QuantSpec(
+        cast("QuantType", dtype), granularity, bool(symmetric), used_bits, bool(half), index_bits
+    )
 
 
 def _blocked_shape(spec: QuantSpec, shape: tuple[int, ...]) -> tuple[int, list[int]] | None:

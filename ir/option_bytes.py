@@ -7,24 +7,51 @@ Runtime writes them; tables and zero points, which all weights share, are counte
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
 
-from octavo.ir.constants import constant_behind
+from octavo.ir.constants import constant_behind, matrix_source
 from octavo.ir.file_bytes import node_bytes, tensor_bytes
-from octavo.ir.packing import packed_bytes, parts, sizes_name, steps
+from octavo.ir.packing import (
+    block_parts,
+    block_steps,
+    blocks_shape,
+    codebook_size,
+    kernel_bits,
+    packed_bytes,
+    parts,
+    sizes_name,
+    steps,
+)
 from octavo.ir.quant import PerAxis, PerBlock, PerTensor, fitted
 
 if TYPE_CHECKING:
     import onnx_ir
 
     from octavo.ir.facts import Option
+    from octavo.ir.packing import Part, Step
     from octavo.ir.quant import QuantSpec
 
 _NAME_BYTES = 24
 _UNPACK_NAME_BYTES = len("unpack99")
 _ZERO_NAME_BYTES = len("zero_u8_128")
-_INT64, _FLOAT32 = 8, 4
+_CODES_NAME, _SCALE_NAME, _HALF_NAME = len("_q"), len("_scale"), len("_scale_f16")
+_INT64, _FLOAT32, _FLOAT16 = 8, 4, 2
+_MICROSOFT = "com.microsoft"
+
+
+@final
+@dataclass(frozen=True)
+class OptionBytes:
+    """What an option takes for one weight: `stored` once for all that read it, `read` each."""
+
+    stored: int
+    read: int
+
+    @property
+    def total(self) -> int:
+        return self.stored + self.read
 
 
 def option_bytes(
@@ -33,84 +60,144 @@ def option_bytes(
     *,
     name_bytes: int = _NAME_BYTES,
     value_bytes: int = _NAME_BYTES,
-) -> int:
+    op_type: str = "MatMul",
+) -> OptionBytes:
     """Bytes of a weight of `shape`, and of the nodes an option adds to the file for it.
 
     `name_bytes` is the length of the weight's name, `value_bytes` that of the activation a static
-    option quantizes. Tables are not counted: see `table_bytes`.
+    option quantizes, `op_type` that of the node. Tables are not counted: see `table_bytes`.
     """
     if option.weight is None:
-        return tensor_bytes(shape, _FLOAT32 * math.prod(shape), name_bytes)
+        return OptionBytes(tensor_bytes(shape, _FLOAT32 * math.prod(shape), name_bytes), 0)
     spec = fitted(option.weight, shape)
+    if spec.half:
+        return OptionBytes(_code_bytes(shape, spec, name_bytes), _cast_bytes(name_bytes, 2, 4) + 4)
+    scales = _scales_shape(shape, spec)
+    scale = _scale_bytes(scales, spec, name_bytes)
     if option.method == "weight-only":
-        return _blocked_bytes(shape, spec, name_bytes)
-    scales = _scales(shape, spec)
-    scale = tensor_bytes((scales,), _FLOAT32 * scales, name_bytes + 6)
+        codes = _block_bytes(shape, spec, name_bytes)
+        return OptionBytes(codes + scale, _blocked_bytes(shape, spec, name_bytes, op_type))
     codes = _code_bytes(shape, spec, name_bytes)
     match option.method:
         case "static":
-            return codes + scale + _dequantize_bytes(name_bytes) + _site_bytes(value_bytes)
+            read = _dequantize_bytes(name_bytes) + _site_bytes(value_bytes)
         case "dynamic":
-            return codes + scale + _dynamic_bytes(name_bytes)
+            read = _dynamic_bytes(name_bytes)
+        case _ if op_type == "Gather":
+            read = _gathered_bytes(name_bytes)
         case _:
             broadcast = 2 * (len(shape) - 1)
-            return codes + scale + broadcast + _storage_bytes(name_bytes)
+            return OptionBytes(codes + scale + broadcast + _storage_bytes(name_bytes), 0)
+    return OptionBytes(codes + scale, read)
 
 
 def weight_bytes(node: onnx_ir.Node, weights: Sequence[int], option: Option) -> int:
     """`option_bytes` of all constants among the inputs `weights` of a node, with its names."""
+    return sum(found.total for _, found in each_weight_bytes(node, weights, option))
+
+
+def each_weight_bytes(
+    node: onnx_ir.Node, weights: Sequence[int], option: Option
+) -> Iterator[tuple[onnx_ir.Value, OptionBytes]]:
+    """The constants among the inputs `weights` of a node, as it reads them, with their bytes."""
     activations = [
         len(value.name or "")
         for index, value in enumerate(node.inputs)
         if value is not None and index not in weights and value.const_value is None
     ]
-    total = 0
     for index in weights:
         value, tensor = node.inputs[index], constant_behind(node.inputs[index])
         if value is not None and tensor is not None:
-            total += option_bytes(
-                tuple(tensor.shape.numpy()),
-                option,
-                name_bytes=len(value.name or ""),
-                value_bytes=activations[0] if activations else _NAME_BYTES,
+            shape = tuple(tensor.shape.numpy())
+            source = matrix_source(value)
+            yield (
+                value,
+                option_bytes(
+                    shape if source is None else shape[::-1],
+                    option,
+                    name_bytes=len((value if source is None else source).name or ""),
+                    value_bytes=activations[0] if activations else _NAME_BYTES,
+                    op_type=node.op_type,
+                ),
             )
-    return total
 
 
 def table_bytes(options: Iterable[Option]) -> int:
     """Bytes of the tables that the weights of a file share, once each."""
     tables: dict[str, int] = {}
     for option in options:
-        if option.weight is None or option.method in ("weight-only", "float"):
+        if option.weight is None or option.method == "float":
             continue
-        for part in parts(option.weight):
+        blocked = option.method == "weight-only"
+        for part in block_parts(option.weight.bits) if blocked else parts(option.weight):
             if part.native is None:
-                size = len(part.values) ** part.per_byte
-                shape = (size, part.per_byte)
+                shape = part.table.shape
                 tables[part.table_name] = tensor_bytes(
                     shape, math.prod(shape), len(part.table_name)
                 )
     return sum(tables.values())
 
 
-def _scales(shape: tuple[int, ...], spec: QuantSpec) -> int:
+def scale_count(shape: tuple[int, ...], spec: QuantSpec) -> int:
+    """Scales of a weight of `shape`."""
+    return math.prod(_scales_shape(shape, spec))
+
+
+def _scales_shape(shape: tuple[int, ...], spec: QuantSpec) -> tuple[int, ...]:
     match spec.granularity:
         case PerTensor():
-            return 1
+            return ()
         case PerAxis(axis):
-            return shape[axis]
+            return (shape[axis],)
         case PerBlock(axis, size):
-            return math.prod(shape) // shape[axis] * -(-shape[axis] // size)
+            blocks = -(-shape[axis] // size)
+            return (*shape[:axis], blocks, *shape[axis + 1 :])
+
+
+def _scale_bytes(shape: tuple[int, ...], spec: QuantSpec, name_bytes: int) -> int:
+    count = math.prod(shape)
+    if not spec.half_scales:
+        return tensor_bytes(shape, _FLOAT32 * count, name_bytes + _SCALE_NAME)
+    half = tensor_bytes(shape, _FLOAT16 * count, name_bytes + _HALF_NAME)
+    return half + _cast_bytes(name_bytes, _HALF_NAME, _SCALE_NAME)
+
+
+def _cast_bytes(name_bytes: int, before: int, after: int) -> int:
+    return node_bytes("Cast", [name_bytes + before], name_bytes + after, {"to": 1})
 
 
 def _code_bytes(shape: tuple[int, ...], spec: QuantSpec, name_bytes: int) -> int:
     """The packed codes and the nodes that unpack them."""
     made = steps(shape, spec)
     if not made:
-        return tensor_bytes(shape, packed_bytes(shape, spec), name_bytes + 2)
-    lengths: dict[str, int] = {}
+        return tensor_bytes(shape, packed_bytes(shape, spec), name_bytes + _CODES_NAME)
+    total = _unpacked_bytes(shape, parts(spec), made, name_bytes)
+    if spec.index_bits is not None:
+        size = codebook_size(spec.index_bits)
+        total += tensor_bytes((size,), size, name_bytes + len("_q_codes"))
+    return total
+
+
+def _block_bytes(shape: tuple[int, ...], spec: QuantSpec, name_bytes: int) -> int:
+    """Whole blocks of codes, and the nodes that make them those of the kernel."""
+    blocks = spec.granularity
+    assert isinstance(blocks, PerBlock)
+    rows, columns, bits = shape[1 - blocks.axis], shape[blocks.axis], spec.bits
+    packed = blocks_shape(rows, columns, bits, blocks.size)
+    made = block_steps(packed, bits)
+    if not made:
+        return tensor_bytes(packed, math.prod(packed), name_bytes + _CODES_NAME)
+    codes = (rows, packed[1], blocks.size)
+    return _unpacked_bytes(codes, block_parts(bits), made, name_bytes)
+
+
+def _unpacked_bytes(
+    shape: tuple[int, ...], stored: Sequence[Part], made: Sequence[Step], name_bytes: int
+) -> int:
+    """Parts of codes of `shape`, and the steps from them."""
+    lengths: dict[str, int] = {"codebook": name_bytes + len("_q_codes")}
     total = 0
-    for index, part in enumerate(parts(spec)):
+    for index, part in enumerate(stored):
         size = part.bytes(math.prod(shape))
         total += tensor_bytes(shape if part.native else (size,), size, name_bytes + 3)
         lengths |= {f"part{index}": name_bytes + 3, f"table{index}": len(part.table_name)}
@@ -132,23 +219,25 @@ def _code_bytes(shape: tuple[int, ...], spec: QuantSpec, name_bytes: int) -> int
 _COMMON_SIZES = {(-1,), (0,)}
 
 
-def _blocked_bytes(shape: tuple[int, ...], spec: QuantSpec, name_bytes: int) -> int:
-    """MatMulNBits: whole blocks, their scales, and what its node has more than a MatMul."""
+def _blocked_bytes(shape: tuple[int, ...], spec: QuantSpec, name_bytes: int, op_type: str) -> int:
+    """What MatMulNBits has more than a MatMul, or GatherBlockQuantized than a Gather."""
     blocks = spec.granularity
     assert isinstance(blocks, PerBlock)
-    scales = _scales(shape, spec)
-    data = scales * blocks.size * spec.bits // 8
-    columns = math.prod(shape) // shape[blocks.axis]
-    packed = (columns, scales // columns, blocks.size * spec.bits // 8)
+    names = [name_bytes + _CODES_NAME, name_bytes + _SCALE_NAME]
+    bits = kernel_bits(spec.bits)
+    if op_type != "Gather":
+        rows, columns = shape[1 - blocks.axis], shape[blocks.axis]
+        attributes = {
+            "K": columns, "N": rows, "bits": bits, "block_size": blocks.size, "accuracy_level": 4,
+        }  # fmt: skip
+        return _added("MatMulNBits", names, name_bytes, attributes)
     attributes = {
-        "K": shape[blocks.axis], "N": columns, "bits": spec.bits, "block_size": blocks.size,
-        "accuracy_level": 4,
+        "bits": bits, "block_size": blocks.size, "gather_axis": 0, "quantize_axis": 1,
     }  # fmt: skip
-    return (
-        tensor_bytes(packed, data, name_bytes + 2)
-        + tensor_bytes((scales,), _FLOAT32 * scales, name_bytes + 6)
-        + _added("MatMulNBits", [name_bytes + 2, name_bytes + 6], name_bytes, attributes)
-    )
+    sizes = (shape[0], -1)
+    flat = node_bytes("Reshape", [names[0], len(sizes_name(sizes))], name_bytes + len("_rows"))
+    ends = tensor_bytes((2,), 2 * _INT64, len(sizes_name(sizes)))
+    return flat + ends + _added("GatherBlockQuantized", names, name_bytes, attributes)
 
 
 def _added(
@@ -156,7 +245,7 @@ def _added(
 ) -> int:
     """What a node of the runtime's own has more than the MatMul in whose place it stands."""
     before = node_bytes("MatMul", [name_bytes], name_bytes)
-    return node_bytes(op_type, inputs, name_bytes, attributes, "com.microsoft") - before
+    return node_bytes(op_type, inputs, name_bytes, attributes, _MICROSOFT) - before
 
 
 def _dequantize_bytes(name_bytes: int) -> int:
@@ -177,6 +266,16 @@ def _site_bytes(value_bytes: int) -> int:
 def _dynamic_bytes(name_bytes: int) -> int:
     inputs = [name_bytes + 2, name_bytes + 6, 0, _ZERO_NAME_BYTES]
     return _added("DynamicQuantizeMatMul", inputs, name_bytes, {})
+
+
+def _gathered_bytes(name_bytes: int) -> int:
+    """Codes and scales are looked up, cast and multiplied; names are those of the output."""
+    ends = _NAME_BYTES + len("_rows"), _NAME_BYTES + len("_row_scales")
+    return (
+        node_bytes("Gather", [name_bytes + _SCALE_NAME, _NAME_BYTES], ends[1])
+        + node_bytes("Cast", [ends[0]], _NAME_BYTES + len("_f32"), {"to": 1})
+        + node_bytes("Mul", [_NAME_BYTES + len("_f32"), ends[1]], _NAME_BYTES)
+    )
 
 
 def _storage_bytes(name_bytes: int) -> int:

@@ -6,17 +6,20 @@ real = (q - zero_point) * scale, and q = clip(round_half_even(real / scale) + ze
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, TypeVar, final
+from typing import Literal, TypeVar, final
 
 import numpy as np
 import onnx_ir
+from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+from octavo.ir.errors import UsageError
 
 Entry = TypeVar("Entry", bound=np.generic)
-QuantType = Literal["u8", "s8", "u4", "s4", "u2", "s2", "s7", "s6", "s5", "s3", "s1"]
+Codes = NDArray[np.int8 | np.uint8 | np.float16]
+QuantType = Literal["u8", "s8", "u4", "s4", "u2", "s2", "s7", "s6", "s5", "s3", "s1", "f16"]
 _NATIVE_BITS = (2, 4, 8)
+_LARGEST_HALF = float(np.finfo(np.float16).max)
+_LEAST_HALF = np.float32(np.finfo(np.float16).smallest_subnormal)
 
 
 @final
@@ -64,13 +67,19 @@ class QuantSpec:
 
     A symmetric signed grid leaves its lowest code unused. `used_bits` restricts the codes to
     fewer bits than the type has (7-bit weights where the kernel would saturate). `s1` is binary:
-    the codes are -1 and 1, and there is no zero.
+    the codes are -1 and 1, and there is no zero. `f16` keeps numbers, rounded to float16.
+
+    `half_scales` says that every scale is a float16 number, and stored as one. `index_bits` says
+    that a tensor has at most `2**index_bits` different codes, and is stored as indices into a
+    table of them: a non-uniform grid that integer kernels multiply.
     """
 
     dtype: QuantType
     granularity: Granularity = PerTensor()
     symmetric: bool = False
     used_bits: int | None = None
+    half_scales: bool = False
+    index_bits: int | None = None
 
     @property
     def signed(self) -> bool:
@@ -85,13 +94,21 @@ class QuantSpec:
         return self.dtype == "s1"
 
     @property
+    def half(self) -> bool:
+        return self.dtype == "f16"
+
+    @property
     def qmin(self) -> int:
+        if self.half:
+            return -int(_LARGEST_HALF)
         if self.binary:
             return -1
         return -(1 << ((self.used_bits or self.bits) - 1)) + self.symmetric if self.signed else 0
 
     @property
     def qmax(self) -> int:
+        if self.half:
+            return int(_LARGEST_HALF)
         if self.binary:
             return 1
         bits = self.used_bits or self.bits
@@ -100,17 +117,23 @@ class QuantSpec:
     @property
     def onnx_type(self) -> onnx_ir.DataType:
         """The type of that many bits, or of 8 where ONNX has none: kernels multiply bytes."""
+        if self.half:
+            return onnx_ir.DataType.FLOAT16
         bits = self.bits if self.bits in _NATIVE_BITS else 8
         return onnx_ir.DataType[("INT" if self.signed else "UINT") + str(bits)]
 
     def __str__(self) -> str:
-        return f"{self.dtype}/{self.granularity}"
+        index = f"#{self.index_bits}" if self.index_bits else ""
+        return f"{self.dtype}/{self.granularity}{index}"
 
 
 @final
 @dataclass(frozen=True)
 class QuantParams:
-    """A spec with its numbers; `scale` and `zero_point` have the shape the granularity gives."""
+    """A spec with its numbers; `scale` and `zero_point` have the shape the granularity gives.
+
+    Scales of a spec with `half_scales` are rounded to the nearest positive float16.
+    """
 
     spec: QuantSpec
     scale: NDArray[np.float32]
@@ -123,6 +146,9 @@ class QuantParams:
         if not (np.all(np.isfinite(self.scale)) and np.all(self.scale > 0)):
             message = "every scale must be finite and positive"
             raise ValueError(message)
+        if self.spec.half_scales:
+            bounded = np.clip(self.scale, _LEAST_HALF, np.float32(_LARGEST_HALF))
+            object.__setattr__(self, "scale", bounded.astype(np.float16).astype(np.float32))
 
 
 def params_for_range(spec: QuantSpec, low: float, high: float) -> QuantParams:
@@ -148,6 +174,8 @@ def params_for_weight(weight: NDArray[np.floating], spec: QuantSpec) -> QuantPar
     The scale of a binary weight is its mean magnitude, which is nearest in the square
     (Rastegari et al., XNOR-Net, equation 6).
     """
+    if spec.half:
+        return _half_params(weight, spec)
     if spec.binary:
         return _binary_params(weight, spec)
     grouped = _grouped(weight, spec.granularity)
@@ -157,6 +185,19 @@ def params_for_weight(weight: NDArray[np.floating], spec: QuantSpec) -> QuantPar
     scale = np.asarray(largest / spec.qmax, np.float32)
     scale = np.where(scale <= np.finfo(np.float32).tiny, np.float32(1), scale)
     return QuantParams(spec, scale, np.zeros(scale.shape, np.int32))
+
+
+def _half_params(weight: NDArray[np.floating], spec: QuantSpec) -> QuantParams:
+    """Scale 1; UsageError for a weight that float16 does not reach."""
+    if not fits_half(weight):
+        message = f"a weight beyond {_LARGEST_HALF:.0f} is no float16 number"
+        raise UsageError(message, hint="keep the node float, or store it as codes")
+    return QuantParams(spec, np.ones((), np.float32), np.zeros((), np.int32))
+
+
+def fits_half(array: NDArray[np.floating]) -> bool:
+    """Whether every number of an array is in the range of float16."""
+    return bool(np.abs(array).max(initial=0.0) <= _LARGEST_HALF)
 
 
 def _binary_params(weight: NDArray[np.floating], spec: QuantSpec) -> QuantParams:
@@ -178,18 +219,32 @@ def fitted(spec: QuantSpec, shape: tuple[int, ...]) -> QuantSpec:
     return spec
 
 
+def turned(spec: QuantSpec) -> QuantSpec:
+    """The spec of a matrix for its transpose."""
+    match spec.granularity:
+        case PerAxis(axis):
+            return replace(spec, granularity=PerAxis(1 - axis))
+        case PerBlock(axis, size):
+            return replace(spec, granularity=PerBlock(1 - axis, size))
+    return spec
+
+
 def round_weight(weight: NDArray[np.floating], spec: QuantSpec) -> NDArray[np.float32]:
     """The weight that is left of `weight` when it is rounded to the nearest codes of `spec`."""
     params = params_for_weight(weight, fitted(spec, weight.shape))
     return dequantize(quantize(weight, params), params)
 
 
-def quantize(real: NDArray[np.floating], params: QuantParams) -> NDArray[np.int8 | np.uint8]:
+def quantize(real: NDArray[np.floating], params: QuantParams) -> Codes:
     """The integer codes of `real`, as ONNX QuantizeLinear computes them (float32 division).
 
     Codes of fewer than 8 bits take a byte each. One float32 copy of `real` is the only temporary.
-    The code of a binary spec is the sign of `real`, which QuantizeLinear does not know.
+    The code of a binary spec is the sign of `real`, which QuantizeLinear does not know; that of a
+    float16 spec is the float16 number nearest to it.
     """
+    if params.spec.half:
+        bounded: NDArray[np.float32] = np.clip(real, params.spec.qmin, params.spec.qmax)
+        return bounded.astype(np.float16)
     if params.spec.binary:
         return np.where(real < 0, np.int8(-1), np.int8(1))
     scale, zero = broadcast_params(params, real.shape)
@@ -200,8 +255,10 @@ def quantize(real: NDArray[np.floating], params: QuantParams) -> NDArray[np.int8
     return codes.astype(np.int8 if params.spec.signed else np.uint8)
 
 
-def dequantize(codes: NDArray[np.integer], params: QuantParams) -> NDArray[np.float32]:
+def dequantize(codes: NDArray[np.number], params: QuantParams) -> NDArray[np.float32]:
     """The real values of integer codes, as ONNX DequantizeLinear computes them."""
+    if params.spec.half:
+        return codes.astype(np.float32)
     scale, zero = broadcast_params(params, codes.shape)
     return ((codes.astype(np.int32) - zero).astype(np.float32) * scale).astype(np.float32)
 

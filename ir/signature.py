@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import onnx_ir
 
 from octavo.ir.constants import constant_behind
 from octavo.ir.facts import Option
+from octavo.ir.packing import kernel_bits
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from octavo.ir.quant import QuantType
     from octavo.ir.shapes import Shape
 
 # Attributes by which an optimizer or an exporter labels a node; no kernel reads them.
@@ -40,11 +43,14 @@ def option_key(option: Option) -> str:
     """What of an option decides speed: `float`, `static`, `dynamic`, `weight-only:s4/block32@0`.
 
     Weights of few bits that unpack when the model loads run the kernels of their method; only
-    weight-only kernels read the stored form.
+    weight-only kernels read the stored form, in their own width.
     """
     if option.method == "storage":
         return "float"
-    return str(option) if option.method == "weight-only" else option.method
+    if option.method != "weight-only" or option.weight is None:
+        return option.method
+    read: QuantType = f"s{kernel_bits(option.weight.bits)}"  # type: ignore[assignment]
+    return str(replace(option, weight=replace(option.weight, dtype=read, index_bits=None)))
 
 
 def _operand(value: onnx_ir.Value | None, shapes: Mapping[str, Shape]) -> str:

@@ -65,6 +65,8 @@ class KernelRow:
 
     def refusal(self, spec: QuantSpec) -> str:
         """Why the kernel cannot read a weight of this spec, empty where it can."""
+        if spec.half:
+            return "" if self.method == "storage" else f"{self.method} {self.op_type} reads codes"
         if not spec.signed:
             return f"{self.method} {self.op_type} reads signed weights"
         if spec.bits not in self.bits:

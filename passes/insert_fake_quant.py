@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
 import numpy as np
+import onnx_ir
 
 from octavo.ir.constants import own_constant
 from octavo.ir.facts import Fact, Placement, Plan, Range, Ranges
@@ -15,9 +16,10 @@ from octavo.ir.mapped import reading
 from octavo.ir.quant import QuantParams, fitted, params_for_range, params_for_weight
 from octavo.ir.reference import Reference
 from octavo.passes.base import Pass
+from octavo.passes.tied_weights import stored, tied_weights
 
 if TYPE_CHECKING:
-    import onnx_ir
+    from onnx_ir import TensorProtocol
 
     from octavo.ir.facts import Option, Site
     from octavo.ir.model import Model
@@ -60,6 +62,7 @@ class InsertFakeQuant(Pass):
 
     def _insert_weights(self, model: Model, ctx: PassContext) -> None:
         plan = model.fact(Plan)
+        tied = tied_weights(model, plan.by_node, ctx.target)
         done: dict[tuple[str, QuantSpec], onnx_ir.Value] = {}
         for node in list(model.graph):
             choice = plan.by_node.get(node.name or "")
@@ -70,7 +73,7 @@ class InsertFakeQuant(Pass):
             if row is None:
                 continue
             for index in row.weights if choice.option.weight is not None else ():
-                _insert_weight(model, node, index, choice.option, done)
+                _insert_weight(model, node, index, choice.option, tied, done)
                 ctx.count("weights")
             if choice.option.method == "dynamic":
                 _insert_dynamic(model, node, row.operands[0])
@@ -152,29 +155,51 @@ def _insert_weight(
     node: onnx_ir.Node,
     index: int,
     option: Option,
+    tied: set[str],
     done: dict[tuple[str, QuantSpec], onnx_ir.Value],
 ) -> None:
+    """Quantize a weight; readers of one share it, tied ones whatever their kernels."""
     read = node.inputs[index]
     assert read is not None
-    weight = own_constant(read, model.graph)
-    assert weight.const_value is not None
     assert option.weight is not None
-    spec = fitted(option.weight, tuple(weight.const_value.shape.numpy()))
-    key = (f"{weight.name} {option.method}", spec)
+    weight, spec = stored(read, option.weight)
+    is_tied = weight.name in tied
+    if not is_tied:
+        weight = own_constant(read, model.graph)
+        spec = fitted(option.weight, tuple(_tensor(weight).shape.numpy()))
+    key = (f"{weight.name} {'tied' if is_tied else option.method}", spec)
     if key not in done:
-        params = reading(weight.const_value, lambda array: params_for_weight(array, spec))
+        params = reading(_tensor(weight), lambda array: params_for_weight(array, spec))
         number = sum(known == key[0] for known, _ in done)
         name = f"{weight.name}_{option.method}{number or ''}"
         quantizer = fake_quant_node(weight, params, name, model.graph)
         quantizer.outputs[0].name = f"{name}_fq"
         model.graph.insert_before(node, quantizer)
         done[key] = quantizer.outputs[0]
-    node.replace_input_with(index, done[key])
+    turns = is_tied and weight is not read
+    node.replace_input_with(index, _turned(model, node, done[key]) if turns else done[key])
+
+
+def _tensor(value: onnx_ir.Value) -> TensorProtocol:
+    assert value.const_value is not None
+    return value.const_value
+
+
+def _turned(model: Model, before: onnx_ir.Node, value: onnx_ir.Value) -> onnx_ir.Value:
+    """The transpose of a quantized matrix, one for all that read it turned."""
+    readers = (reader for reader in value.consumers() if reader.op_type == "Transpose")
+    made = next(readers, None)
+    if made is None:
+        name, shape = f"{value.name}_turned", value.shape
+        made = onnx_ir.node("Transpose", [value], {"perm": [1, 0]}, name=name)
+        made.outputs[0].name = name
+        made.outputs[0].type = value.type
+        made.outputs[0].shape = None if shape is None else onnx_ir.Shape(tuple(shape)[::-1])
+        model.graph.insert_before(before, made)
+    return made.outputs[0]
 
 
 def _insert_dynamic(model: Model, node: onnx_ir.Node, index: int) -> None:
-    import onnx_ir
-
     value = node.inputs[index]
     assert value is not None
     readers = (u.node for u in value.uses())

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, final
 
+import numpy as np
+
+from octavo.ir.constants import constant_behind
 from octavo.ir.facts import FLOAT, Fact, Option
+from octavo.ir.mapped import reading
 from octavo.ir.menu import Group, Menu, Offer
-from octavo.ir.option_bytes import weight_bytes
-from octavo.ir.quant import PerAxis, PerBlock, PerTensor, QuantSpec
+from octavo.ir.option_bytes import each_weight_bytes, scale_count
+from octavo.ir.quant import PerAxis, PerBlock, PerTensor, QuantSpec, fitted
 from octavo.ir.target import Tie
 from octavo.passes.base import Pass, Statistic
 from octavo.passes.chains import static_chains, static_values
 from octavo.passes.fixed_bytes import fixed_bytes
-from octavo.passes.groups import find_groups
+from octavo.passes.groups import find_groups, weight_source
 from octavo.passes.patterns import select
+from octavo.passes.tied_weights import stored
 
 if TYPE_CHECKING:
     import onnx_ir
+    from numpy.typing import NDArray
 
     from octavo.ir.facts import Method
     from octavo.ir.model import Model
@@ -28,8 +34,14 @@ if TYPE_CHECKING:
     from octavo.passes.chains import Chain
 
 _RECURRENT = ("LSTM", "GRU", "RNN")
-_KERNEL_BITS = (8, 4, 2)
+# Wider codes keep their accuracy in the largest blocks.
+_WIDE_BITS = 5
+_HALF_BITS = 16
 _FLOAT_BITS = 32
+# Fewer scales than this save less than the node that casts them takes.
+_LEAST_SCALES = 64
+# A weight is scaled by at most this part of its largest magnitude; float16 below is subnormal.
+_LEAST_MAGNITUDE = 127 * 2.0**-14
 _CODE_BITS = 8
 
 
@@ -59,6 +71,8 @@ class OfferOptions(Pass):
     weight_only: bool = True
     storage: bool = True
     recurrent: bool = True
+    float16: bool = True
+    half_scales: bool = True
     keep_float: tuple[str, ...] = ()
     ties: tuple[Tie, ...] = ()
 
@@ -100,6 +114,7 @@ class _Maker:
     nodes: Mapping[str, onnx_ir.Node]
     chains: Mapping[str, Chain]
     kept: Mapping[str, str]
+    largest: dict[str, float] = field(default_factory=dict)
 
     def offers(self, group: Group) -> Iterator[Offer]:
         """Float first, then what is smaller or faster in some way."""
@@ -125,11 +140,13 @@ class _Maker:
             "dynamic": request.dynamic,
             "storage": request.storage,
         }
+        if request.storage and request.float16:
+            yield ("storage", _HALF_BITS, 0)
         for method in (name for name, wanted in allowed.items() if wanted):
             yield from ((method, bits, 0) for bits in request.bits)
-        if request.weight_only:
-            kernel_bits = [bits for bits in request.bits if bits in _KERNEL_BITS]
-            yield from (("weight-only", b, size) for b in kernel_bits for size in request.blocks)
+        for bits in request.bits if request.weight_only else ():
+            sizes = request.blocks if bits < _WIDE_BITS else request.blocks[-1:]
+            yield from (("weight-only", bits, size) for size in sizes)
 
     def _with_spec(
         self, group: Group, spec: tuple[Method, int, int]
@@ -139,11 +156,18 @@ class _Maker:
         options = {}
         for name in group.nodes:
             option = self._option(self.nodes[name], method, bits, size)
-            options[name] = option or self._option(self.nodes[name], "storage", bits, 0)
+            options[name] = option or self._stored(self.nodes[name], method, bits)
         if any(option is not None and option.method == method for option in options.values()):
             found = {name: option for name, option in options.items() if option is not None}
             if len(found) == len(options):
                 yield found
+
+    def _stored(self, node: onnx_ir.Node, method: Method, bits: int) -> Option | None:
+        """Storage on the grid that others of its group compute with."""
+        stored = self._option(node, "storage", bits, 0)
+        if stored is None or stored.weight is None or method not in ("static", "dynamic"):
+            return stored
+        return replace(stored, weight=self._computed(stored.weight))
 
     def _option(self, node: onnx_ir.Node, method: Method, bits: int, size: int) -> Option | None:
         if method == "static" and node.name not in self.chains:
@@ -153,6 +177,9 @@ class _Maker:
         row = self.ctx.target.support(node, method).row
         if row is None:
             return None
+        if bits == _HALF_BITS:
+            fits = all(self._largest(node.inputs[k]) <= QuantSpec("f16").qmax for k in row.weights)
+            return Option(method, QuantSpec("f16")) if fits and row.weights else None
         return Option(method, self._spec(row, node, bits, size) if row.weights else None)
 
     def _spec(self, row: KernelRow, node: onnx_ir.Node, bits: int, size: int) -> QuantSpec:
@@ -160,21 +187,48 @@ class _Maker:
         weight = node.inputs[row.weights[0]]
         rank = weight.shape.rank() if weight is not None and weight.shape is not None else 0
         if node.op_type in _RECURRENT:
-            return QuantSpec(dtype, PerBlock(2, 0), symmetric=True)
-        if size:
-            axis = 1 - row.weight_axis % 2 if node.op_type == "Gemm" else 0
-            return QuantSpec(dtype, PerBlock(axis, size), symmetric=True)
-        if rank < 2:
-            return QuantSpec(dtype, PerTensor(), symmetric=True)
-        spec = QuantSpec(dtype, PerAxis(row.weight_axis % rank), symmetric=True)
+            spec = QuantSpec(dtype, PerBlock(2, size), symmetric=True)
+        elif size:
+            axis = 1 - row.weight_axis % 2 if node.op_type in ("Gemm", "Gather") else 0
+            spec = QuantSpec(dtype, PerBlock(axis, size), symmetric=True)
+        elif rank < 2:
+            spec = QuantSpec(dtype, PerTensor(), symmetric=True)
+        else:
+            spec = QuantSpec(dtype, PerAxis(row.weight_axis % rank), symmetric=True)
+        if row.method in ("static", "dynamic"):
+            spec = self._computed(spec)
+        half = self.request.half_scales and self._scales_halve(node, row, spec)
+        return replace(spec, half_scales=half)
+
+    def _computed(self, spec: QuantSpec) -> QuantSpec:
+        """The spec of a weight that an integer kernel multiplies, in the bits it can take."""
         least = self.ctx.target.weight_bits
-        computed = row.method in ("static", "dynamic")
-        return replace(spec, used_bits=least) if computed and least < bits else spec
+        return replace(spec, used_bits=least) if least < spec.bits else spec
+
+    def _scales_halve(self, node: onnx_ir.Node, row: KernelRow, spec: QuantSpec) -> bool:
+        """Whether float16 scales are smaller, and as good."""
+        for index in row.weights:
+            value, tensor = node.inputs[index], constant_behind(node.inputs[index])
+            if value is None or tensor is None:
+                return False
+            shape = tuple(value.shape.numpy()) if value.shape is not None else ()
+            if scale_count(shape, fitted(spec, shape)) < _LEAST_SCALES:
+                return False
+            if not _LEAST_MAGNITUDE <= self._largest(value) <= QuantSpec("f16").qmax:
+                return False
+        return True
+
+    def _largest(self, value: onnx_ir.Value | None) -> float:
+        """The largest magnitude of a weight."""
+        tensor = constant_behind(value)
+        name = value.name or "" if value is not None else ""
+        if name not in self.largest and tensor is not None:
+            self.largest[name] = reading(tensor, _largest_magnitude)
+        return self.largest[name]
 
     def _offer(self, options: Mapping[str, Option]) -> Offer | None:
         """The offer with its costs; `None` where the target has no kernel for it."""
         seconds = bops = 0.0
-        size = 0
         for name, option in options.items():
             node = self.nodes[name]
             own = self.ctx.cost.option_seconds(node, option)
@@ -184,20 +238,38 @@ class _Maker:
             if option.method != "static" and name in self.chains:
                 seconds += _float_seconds(self.chains[name].members[1:], self.ctx)
             bops += self.ctx.cost.macs(node) * _bit_operations(option)
-            size += self._bytes(node, option)
         texts = dict.fromkeys(map(str, options.values()))
         integer = all(option.method == "static" for option in options.values())
+        size = self._bytes(options)
         return Offer("+".join(texts), options, size, seconds, bops, integer)
 
-    def _bytes(self, node: onnx_ir.Node, option: Option) -> int:
-        row = self.ctx.target.support(node, "storage").row
-        return weight_bytes(node, row.weights, option) if row is not None else 0
+    def _bytes(self, options: Mapping[str, Option]) -> int:
+        """The weights of a group; one that several nodes store alike is counted once."""
+        counted: set[tuple[object, ...]] = set()
+        total = 0
+        for name, option in options.items():
+            node = self.nodes[name]
+            row = self.ctx.target.support(node, "storage").row
+            weights = row.weights if row is not None else ()
+            for value, found in each_weight_bytes(node, weights, option):
+                source, spec = (
+                    stored(value, option.weight) if option.weight else (weight_source(value), None)
+                )
+                in_blocks = option.method == "weight-only"
+                key = (source.name if source is not None else "", spec, in_blocks)
+                total += found.read + (0 if key in counted else found.stored)
+                counted.add(key)
+        return total
 
 
 def _kept(group: Group, kept: Mapping[str, str]) -> Group:
     """The group, with the pattern that keeps it float as its reason."""
     pattern = next((kept[name] for name in group.nodes if name in kept), None)
     return group if pattern is None else replace(group, reason=f"kept float by '{pattern}'")
+
+
+def _largest_magnitude(array: NDArray[np.floating]) -> float:
+    return float(np.abs(array).max(initial=0.0))
 
 
 def _float_seconds(nodes: Sequence[onnx_ir.Node], ctx: PassContext) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -219,13 +219,16 @@ def test_the_audit_finds_the_kernel_and_no_work_on_constants(
     assert not {"BitwiseOr", "Slice"} & set(found.kernels)
 
 
+@pytest.mark.parametrize("half_scales", [False, True], ids=["", "half"])
 @pytest.mark.parametrize("size", [32, 64, 128])
-@pytest.mark.parametrize("dtype", ["s8", "s4", "s2"])
+@pytest.mark.parametrize("dtype", SIGNED)
 @pytest.mark.parametrize("name", METHODS["weight-only"])
 def test_blocks_of_low_bit_weights(
-    name: str, dtype: QuantType, size: int, tmp_path: Path, pass_context: PassContext
-) -> None:
-    spec = QuantSpec(dtype, PerBlock(CASES[name].block_axis, size), symmetric=True)
+    name: str, dtype: QuantType, size: int, half_scales: bool, tmp_path: Path,
+    pass_context: PassContext,
+) -> None:  # fmt: skip
+    blocks = PerBlock(CASES[name].block_axis, size)
+    spec = QuantSpec(dtype, blocks, symmetric=True, half_scales=half_scales)
     option = Option("weight-only", spec)
     _, artifact = _lowered(name, option, tmp_path / "m.onnx", pass_context)
     feed = _feed(name, CASES[name])
@@ -234,6 +237,77 @@ def test_blocks_of_low_bit_weights(
     assert found.ok, (found.findings, found.rows)
     # The bias is the kernel's own.
     assert set(found.kernels) == {"com.microsoft::MatMulNBits"}
+
+
+@pytest.mark.parametrize("size", [16, 32])
+@pytest.mark.parametrize("dtype", SIGNED)
+def test_rows_of_blocks_are_looked_up_exactly(
+    dtype: QuantType, size: int, tmp_path: Path, pass_context: PassContext
+) -> None:
+    """Blocks of 32 are longer than a row."""
+    spec = QuantSpec(dtype, PerBlock(1, size), symmetric=True, half_scales=True)
+    option = Option("weight-only", spec)
+    _, artifact = _lowered("Gather", option, tmp_path / "m.onnx", pass_context)
+    feed = _feed("Gather", CASES["Gather"])
+    np.testing.assert_array_equal(_run(artifact.path, feed), _truth("Gather", spec))
+    found = audit(artifact, feed)
+    assert found.ok, (found.findings, found.rows)
+    assert found.kernels["com.microsoft::GatherBlockQuantized"] == 1
+
+
+TIED = f"""{_HEADER} (int64[2] k, float[3,64] x) => (float[2,64] e, float[3,40] y) {{
+    [embed] e = Gather (w, k)  [turn] t = Transpose <perm = [1, 0]> (w)
+    [head] y = MatMul (x, t) }}"""
+
+
+@pytest.mark.parametrize("half_scales", [False, True], ids=["", "half"])
+@pytest.mark.parametrize("dtype", ["s8", "s4", "s3", "s2"])
+@pytest.mark.parametrize("method", ["weight-only", "dynamic", "static", "storage"])
+def test_a_tied_weight_is_stored_once(
+    method: Method, dtype: QuantType, half_scales: bool, tmp_path: Path, pass_context: PassContext
+) -> None:
+    """The rows that are looked up are exactly those that are multiplied."""
+    proto = onnx.parser.parse_model(TIED)
+    array = np.random.default_rng(0).standard_normal((40, 64)).astype(np.float32)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(array, "w"))
+    blocks = method == "weight-only"
+    rows, columns = (PerBlock(1, 32), PerBlock(0, 32)) if blocks else (PerAxis(0), PerAxis(1))
+    own = QuantSpec(dtype, rows, symmetric=True, half_scales=half_scales)
+    options = {
+        "embed": Option("weight-only" if blocks else "storage", own),
+        "head": Option(method, replace(own, granularity=columns)),
+    }
+    model = read(proto)
+    ranges = Ranges({n: Range(-4.0, 4.0, -4.0, 4.0) for n in "xey"}, "", 1, "")
+    plan = Plan({n: Choice(option, "") for n, option in options.items()}, "")
+    model = model.with_fact(plan).with_fact(ranges)
+    for pass_ in (PlaceQuantizers(), InsertFakeQuant()):
+        model = pass_.run(model.clone(), pass_context)
+    artifact = lower(model, tmp_path / "m.onnx")
+    rng = np.random.default_rng(1)
+    feed = {"k": np.array([3, 39]), "x": rng.standard_normal((3, 64)).astype(np.float32)}
+    found = make_session(artifact.path, threads=1).run(feed)
+    rounded = round_weight(array, own)
+    np.testing.assert_allclose(found["e"], rounded[feed["k"]], rtol=1e-6)
+    truth = (feed["x"] @ rounded.T).astype(np.float64)
+    assert _distance(found["y"].astype(np.float64), truth) <= 2 * _LIMITS["dynamic"]
+    held = {t.name: t for t in onnx.load(artifact.path).graph.initializer}
+    kept = [n for n, t in held.items() if n.startswith("w") and "scale" not in n]
+    assert len(kept) == (2 if dtype == "s3" else 1)
+    found_audit = audit(artifact, feed)
+    assert found_audit.ok, (found_audit.findings, found_audit.rows)
+
+
+def test_float16_storage_folds(tmp_path: Path, pass_context: PassContext) -> None:
+    spec = QuantSpec("f16")
+    for name in ("Conv", "MatMul", "LSTM", "Gather"):
+        path = tmp_path / f"{name}.onnx"
+        _, artifact = _lowered(name, Option("storage", spec), path, pass_context)
+        feed = _feed(name, CASES[name])
+        assert _distance(_run(artifact.path, feed), _truth(name, spec)) <= _LIMITS["storage"]
+        assert all(t.data_type != onnx.TensorProto.FLOAT or "b" in t.name
+                   for t in onnx.load(path).graph.initializer)  # fmt: skip
+        assert audit(artifact, feed).ok
 
 
 BLOCKED = {
@@ -285,7 +359,7 @@ def test_readers_of_one_weight_share_its_codes_and_all_weights_the_tables(
 @pytest.mark.parametrize(
     ("name", "spec", "why"),
     [
-        ("MatMul", QuantSpec("s3", PerBlock(0, 32), symmetric=True), "2, 4, 8 bits"),
+        ("MatMul", QuantSpec("f16"), "reads codes"),
         ("MatMul", QuantSpec("s4", PerBlock(0, 48), symmetric=True), "blocks of 16, 32, 64, 128"),
         ("Gemm", QuantSpec("s4", PerAxis(1), symmetric=True), "blocks of 16, 32, 64, 128"),
         ("Gemm", QuantSpec("u4", PerBlock(0, 32)), "signed"),

@@ -21,6 +21,7 @@ from octavo.backends.ort_session import make_session
 from octavo.backends.ort_target import ORT_CPU
 from octavo.ir.errors import OctavoError
 from octavo.ir.facts import Method
+from octavo.ir.packing import kernel_bits
 
 _HEADER = '<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]> g'
 _DRAWN = {np.dtype(np.int8): (-127, 128), np.dtype(np.uint8): (1, 256)}
@@ -129,6 +130,22 @@ PATTERNS = (
     _stored("Gemm", 1, ("4,32", "32,16", "1,16"), "Gemm (x, v)"),
     *(_stored_recurrent(op, gates) for op, gates in (("LSTM", 4), ("GRU", 3), ("RNN", 1))),
     Pattern(
+        "Gather", "weight-only", 0,
+        "(float[3] x) => (y) <uint8[50,32] w, float[50,2] s>",
+        """i = Cast <to : int = 7> (x)
+        y = com.microsoft.GatherBlockQuantized <bits : int = 4, block_size : int = 32,
+        gather_axis : int = 0, quantize_axis : int = 1> (w, i, s)""",
+        """i = Cast <to : int = 7> (x)  f = Cast <to : int = 1> (w)
+        l = Constant <value_ints : ints = [-1]> ()  e = Unsqueeze (f, l)
+        p = Constant <value_floats : floats = [1.0, 16.0]> ()
+        r = Constant <value_float : float = 16.0> ()  o = Constant <value_float : float = 8.0> ()
+        h = Div (e, p)  g = Floor (h)  d = Mod <fmod : int = 1> (g, r)  c = Sub (d, o)
+        n = Constant <value_ints : ints = [50, 2, 32]> ()  q = Reshape (c, n)
+        u = Unsqueeze (s, l)  m = Mul (q, u)
+        k = Constant <value_ints : ints = [50, 64]> ()  v = Reshape (m, k)  y = Gather (v, i)""",
+        _EXACT,
+    ),
+    Pattern(
         "Gather", "storage", 0,
         "(float[3] x) => (y) <int8[50,16] w, float[50,1] s>",
         """i = Cast <to : int = 7> (x)  q = Gather (w, i)  c = Gather (s, i)
@@ -220,9 +237,9 @@ def _session_of_blocks(bits: int, size: int) -> None:
 
 
 def test_the_widths_and_blocks_of_the_row_are_those_of_the_kernel() -> None:
-    row = next(r for r in ORT_CPU.rows if r.method == "weight-only")
-    for bits in range(1, 9):
-        if bits in row.bits:
+    row = next(r for r in ORT_CPU.rows if (r.method, r.op_type) == ("weight-only", "MatMul"))
+    for bits in row.bits:
+        if bits == kernel_bits(bits):
             for size in row.blocks:
                 _session_of_blocks(bits, size)
         else:

@@ -117,6 +117,15 @@ def test_runtimes_round_as_the_reference_does(
     assert len(np.unique(expected)) > 1
 
 
+def test_half_scales_are_float16_numbers_and_positive() -> None:
+    spec = QuantSpec("s4", PerAxis(0), symmetric=True, half_scales=True)
+    given = np.array([0.1, 1e-12, 7e4, 0.25], np.float32)
+    scale = QuantParams(spec, given, np.zeros(4, np.int32)).scale
+    nearest = np.array([0.1, 2**-24, 65504, 0.25], np.float16)
+    np.testing.assert_array_equal(scale, nearest.astype(np.float32))
+    assert scale.dtype == np.float32
+
+
 @RUNTIMES
 def test_the_dynamic_form_finds_its_parameters(run: Run) -> None:
     proto, _ = _model(
@@ -180,11 +189,18 @@ def test_a_constant_is_made_once() -> None:
     ),
     st.booleans(),
     st.sampled_from([None, 5, 7]),
+    st.booleans(),
+    st.sampled_from([None, 1, 4]),
 )
 def test_the_text_of_a_spec_reads_back(
-    dtype: QuantType, granularity: Granularity, symmetric: bool, used_bits: int | None
+    dtype: QuantType,
+    granularity: Granularity,
+    symmetric: bool,
+    used_bits: int | None,
+    half_scales: bool,
+    index_bits: int | None,
 ) -> None:
-    spec = QuantSpec(dtype, granularity, symmetric, used_bits)
+    spec = QuantSpec(dtype, granularity, symmetric, used_bits, half_scales, index_bits)
     assert parse_spec(spec_text(spec)) == spec
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from onnx.reference import ReferenceEvaluator
 
+from octavo.ir.errors import UsageError
 from octavo.ir.quant import (
     Granularity,
     PerAxis,
@@ -32,7 +33,7 @@ from octavo.ir.quant import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-DTYPES = get_args(QuantType)
+DTYPES = tuple(d for d in get_args(QuantType) if d != "f16")
 # Types that ONNX has, and types with a grid around zero.
 NATIVE = [dtype for dtype in DTYPES if dtype[1:] in ("2", "4", "8")]
 GRIDS = [dtype for dtype in DTYPES if dtype != "s1"]
@@ -245,3 +246,11 @@ def test_a_whole_axis_is_known_from_the_shape() -> None:
     spec = QuantSpec("s3", PerBlock(1, 0), symmetric=True)
     assert fitted(spec, (4, 9)).granularity == PerBlock(1, 9)
     assert fitted(QuantSpec("s3"), (4, 9)) == QuantSpec("s3")
+
+
+def test_half_precision_keeps_what_float16_holds() -> None:
+    weight = np.array([[1.0, 1 / 3], [-65504.0, 1e-9]], np.float32)
+    kept = round_weight(weight, QuantSpec("f16"))
+    np.testing.assert_array_equal(kept, weight.astype(np.float16).astype(np.float32))
+    with pytest.raises(UsageError, match="no float16 number"):
+        round_weight(np.array([65505.0, 1.0], np.float32), QuantSpec("f16"))

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx.parser
+import onnx_ir
 from onnx import numpy_helper
 
 from octavo.ir.menu import Menu
 from octavo.ir.option_bytes import option_bytes
+from octavo.ir.quant import turned
 from octavo.ir.read import read
 from octavo.passes.calibrate import Calibrate
 from octavo.passes.offer_options import OfferOptions
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
     from octavo.ir.menu import Offer
     from octavo.ir.model import Model
+    from octavo.ir.quant import QuantSpec
     from octavo.passes.base import PassContext
 
     Calibrated = Callable[..., PassContext]
@@ -61,9 +64,10 @@ def test_a_convolution_with_ranges(calibrated: Calibrated) -> None:
     offers = menu_of(model, calibrated(model), OfferOptions(bits=(8, 4))).offers["conv"]
     assert offers[0].name == "float"
     assert [str(offer.name).split(":")[0] for offer in offers] == [
-        "float", "static", "static", "storage", "storage",
+        "float", "storage", "static", "static", "storage", "storage",
     ]  # fmt: skip
-    assert [offer.integer for offer in offers] == [False, True, True, False, False]
+    assert [offer.integer for offer in offers] == [False, False, True, True, False, False]
+    assert offers[1].name == "storage:f16/tensor"
 
 
 def test_without_ranges_nothing_is_static(pass_context: PassContext) -> None:
@@ -108,7 +112,7 @@ def test_bytes_are_those_of_the_three_weights(calibrated: Calibrated) -> None:
     for offer in menu_of(model, calibrated(model), OfferOptions()).offers["q"]:
         option = offer.options["q"]
         one = option_bytes((64, 64), option, name_bytes=len("wq"), value_bytes=len("e"))
-        assert offer.bytes == 3 * one
+        assert offer.bytes == 3 * one.total
 
 
 def test_bit_operations(calibrated: Calibrated) -> None:
@@ -126,13 +130,42 @@ def test_bit_operations(calibrated: Calibrated) -> None:
 
 
 def test_a_lookup_tied_to_a_product(pass_context: PassContext) -> None:
-    """The lookup has no integer kernel: it stores the weight while the product computes."""
-    menu = menu_of(built(TIED), pass_context, OfferOptions(bits=(8,)))
+    """The lookup reads blocks as the product does, or unpacks the grid it computes with."""
+    menu = menu_of(built(TIED), pass_context, OfferOptions(bits=(8, 4, 3), blocks=(32,)))
     assert menu.groups["embed"].nodes == ("embed", "head")
     for offer in menu.offers["embed"]:
-        embed, head = offer.options["embed"].method, offer.options["head"].method
-        assert embed in ("float", "storage")
-        assert (embed == "float") == (head == "float")
+        embed, head = offer.options["embed"], offer.options["head"]
+        blocks = "weight-only"
+        assert (embed.method == blocks) == (head.method == blocks)
+        assert (embed.method == "float") == (head.method == "float")
+        if embed.weight is not None and head.weight is not None:
+            assert turned(embed.weight) == head.weight
+            assert offer.bytes < 1.3 * 96 * 64 * embed.weight.bits / 8 + 1000
+
+
+def test_many_scales_are_stored_as_float16_where_that_is_as_good(
+    pass_context: PassContext,
+) -> None:
+    model = built(QKV)
+    specs = _weights(menu_of(model, pass_context, OfferOptions()).offers["q"])
+    assert {s.half_scales for s in specs if not s.half} == {True}
+    off = OfferOptions(half_scales=False, float16=False)
+    specs = _weights(menu_of(model, pass_context, off).offers["q"])
+    assert not any(s.half_scales or s.half for s in specs)
+    for factor in (1e-6, 1e6):
+        scaled = built(QKV)
+        for value in scaled.graph.initializers.values():
+            assert value.const_value is not None
+            array = value.const_value.numpy() * np.float32(factor)
+            value.const_value = onnx_ir.Tensor(array, name=value.name)
+        specs = _weights(menu_of(scaled, pass_context, OfferOptions()).offers["q"])
+        assert not any(s.half_scales for s in specs)
+        assert any(s.half for s in specs) == (factor < 1)
+
+
+def _weights(offers: tuple[Offer, ...]) -> list[QuantSpec]:
+    options = (option for offer in offers for option in offer.options.values())
+    return [option.weight for option in options if option.weight is not None]
 
 
 def test_a_missing_seconds_row_is_no_offer(pass_context: PassContext) -> None:
