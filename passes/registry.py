@@ -8,6 +8,7 @@ from octavo.passes.allocate import Allocate
 from octavo.passes.calibrate import Calibrate
 from octavo.passes.canonicalize import Canonicalize
 from octavo.passes.choose_kernels import ChooseKernels
+from octavo.passes.fold_scales import FoldScales
 from octavo.passes.insert_fake_quant import InsertFakeQuant
 from octavo.passes.offer_options import OfferOptions
 from octavo.passes.place_quantizers import PlaceQuantizers
@@ -23,6 +24,7 @@ PASSES: Mapping[str, type[Pass]] = {
     pass_.name: pass_
     for pass_ in (
         Canonicalize,
+        FoldScales,
         Calibrate,
         ChooseKernels,
         OfferOptions,
