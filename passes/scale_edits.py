@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
+    from onnx_ir import TensorProtocol
 
     from octavo.ir.model import Model
     from octavo.passes.base import PassContext
@@ -117,16 +118,16 @@ def _scale_weight(layer: Layer) -> None:
     assert value.const_value is not None
     tensor, fed, made = value.const_value, layer.fed, layer.made
 
-    def scaled() -> onnx_ir.Tensor:
+    def scaled() -> TensorProtocol:
         rows = reading(tensor, lambda array: np.array(matrix.rows(array)))
         array = matrix.restore(layer.scaled(rows, fed, made)).astype(tensor.dtype.numpy())
         return onnx_ir.Tensor(array, name=value.name)
 
     value.const_value = onnx_ir.LazyTensor(
-        scaled, dtype=tensor.dtype, shape=tensor.shape, name=value.name
+        scaled, dtype=tensor.dtype, shape=onnx_ir.Shape(tensor.shape.numpy()), name=value.name
     )
 
 
 def _fits(numbers: Float64, dtype: np.dtype[np.generic]) -> bool:
-    limit = np.finfo(dtype).max if dtype.kind == "f" else np.inf
-    return bool(np.all(np.abs(numbers) <= limit))
+    with np.errstate(over="ignore"):
+        return bool(np.all(np.isfinite(numbers.astype(dtype))))

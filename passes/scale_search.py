@@ -58,8 +58,6 @@ class Trial:
     def best(self, candidates: Iterator[tuple[str, Float64]]) -> Found:
         """The candidate with the least error; the scale of ones where none is better."""
         ones = np.ones(self.link.producer.channels)
-        if not all(np.all(np.isfinite(rows)) for rows in self.rows.values()):
-            return Found(ones, "", 0.0, 0.0)
         before = self.error(ones)
         best = Found(ones, "", before, before)
         for text, scale in candidates:
