@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from octavo.backends import ort_blocks as blocks
 from octavo.backends import ort_layout as layout
 from octavo.backends import ort_rewrites as rewrites
-from octavo.backends.ort_packing import behind
+from octavo.backends.ort_packing import behind, halve_constant
 from octavo.backends.ort_target import MICROSOFT, ORT_CPU
 from octavo.ir.artifact import Artifact, PlannedNode
 from octavo.ir.errors import UsageError
-from octavo.ir.facts import Choice, Placement, Plan
+from octavo.ir.facts import Choice, HalfConstants, Placement, Plan
 from octavo.ir.fake_quant import DOMAIN, OPTION, declare_functions
 from octavo.ir.model import PROVENANCE, Model
 from octavo.ir.verify import verify
@@ -71,6 +71,10 @@ def rewrite(own: Model) -> dict[str, str]:
         if _is_constant(fake):
             _rewrite_constant(graph, fake)
     _drop_unused(own)
+    halved = own.find(HalfConstants)
+    for name in halved.names if halved is not None else ():
+        if name in graph.initializers:
+            halve_constant(graph, graph.initializers[name])
     return explicit
 
 

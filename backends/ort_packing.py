@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from octavo.ir.packing import Part, Step
     from octavo.ir.quant import Codes, QuantSpec
 
+_LARGEST_HALF = float(np.finfo(np.float16).max)
+
 
 def codes_of(
     graph: onnx_ir.Graph, fake: onnx_ir.Node, order: tuple[int, ...] | None = None
@@ -124,6 +126,23 @@ def scale_of(
         made = insert(graph, before, "Reshape", [found, sizes], f"{name}_{array.ndim}")
         known[key] = made.outputs[0]
     return known[key]
+
+
+def halve_constant(graph: onnx_ir.Graph, value: onnx_ir.Value) -> None:
+    """Store a float constant as float16 behind a Cast, if float16 holds all its numbers."""
+    tensor, name = value.const_value, value.name or ""
+    if tensor is None or not value.uses():
+        return
+    array = tensor.numpy()
+    bounded = np.clip(array, -_LARGEST_HALF, _LARGEST_HALF).astype(np.float16)
+    if not np.array_equal(bounded.astype(np.float32), array):
+        return
+    half = constant(graph, f"{name}_f16", bounded)
+    cast = onnx_ir.node("Cast", [half], {"to": 1}, name=name)
+    graph.insert_before(graph[0], cast)
+    onnx_ir.convenience.replace_all_uses_with(value, cast.outputs[0])
+    del graph.initializers[name]
+    cast.outputs[0].name = name
 
 
 def _emit(

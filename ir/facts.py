@@ -158,6 +158,14 @@ class Latencies(Fact):
 
 @final
 @dataclass(frozen=True)
+class HalfConstants(Fact):
+    """Names of the float constants that are stored as float16 where it holds their numbers."""
+
+    names: tuple[str, ...]
+
+
+@final
+@dataclass(frozen=True)
 class QuantizedInput(Fact):
     """Parameters found in a model that already carried Q/DQ, by the name of the float value."""
 

@@ -6,6 +6,7 @@ byte per 7 bits (https://protobuf.dev/programming-guides/encoding).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 _TYPE_FIELD_BYTES = 2
@@ -33,6 +34,13 @@ def node_bytes(
         number = 1 + _number_bytes(value) + _ATTRIBUTE_TYPE_FIELD_BYTES
         body += _field_bytes(_field_bytes(len(name)) + number)
     return _field_bytes(body)
+
+
+def half_bytes(shape: Sequence[int], name_bytes: int) -> int:
+    """A float16 initializer, and the Cast that makes the float32 value of that name of it."""
+    stored = name_bytes + len("_f16")
+    tensor = tensor_bytes(shape, 2 * math.prod(shape), stored)
+    return tensor + node_bytes("Cast", [stored], name_bytes, {"to": 1})
 
 
 def _number_bytes(value: int) -> int:

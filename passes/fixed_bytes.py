@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from octavo.ir.file_bytes import tensor_bytes
+from octavo.ir.facts import HalfConstants
+from octavo.ir.file_bytes import half_bytes, tensor_bytes
 from octavo.ir.weightless import is_small, without_weights
 from octavo.passes.groups import weight_row, weight_source
 
@@ -30,6 +31,8 @@ def fixed_bytes(model: Model, decided: Iterable[str], target: Target) -> int:
         if node.name in names
         for source in _weights(node, target)
     }
+    found = model.find(HalfConstants)
+    halved = set(found.names) if found is not None else set[str]()
     total = _graph_bytes(model)
     for value in model.graph.initializers.values():
         tensor = value.const_value
@@ -38,7 +41,7 @@ def fixed_bytes(model: Model, decided: Iterable[str], target: Target) -> int:
         if is_small(tensor):
             total -= _bytes(value, tensor) if id(value) in own else 0
         elif id(value) not in own:
-            total += _bytes(value, tensor)
+            total += _bytes(value, tensor, half=value.name in halved)
     return total
 
 
@@ -48,8 +51,11 @@ def _weights(node: onnx_ir.Node, target: Target) -> list[onnx_ir.Value]:
     return [value for value in found if value is not None]
 
 
-def _bytes(value: onnx_ir.Value, tensor: TensorProtocol) -> int:
-    return tensor_bytes(tuple(tensor.shape.numpy()), tensor.nbytes, len(value.name or ""))
+def _bytes(value: onnx_ir.Value, tensor: TensorProtocol, *, half: bool = False) -> int:
+    shape, name = tuple(tensor.shape.numpy()), len(value.name or "")
+    if not half:
+        return tensor_bytes(shape, tensor.nbytes, name)
+    return half_bytes(shape, name)
 
 
 def _graph_bytes(model: Model) -> int:

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 PRESETS: Mapping[str, str] = {
     "int8": "canonicalize,calibrate,choose-kernels,place-quantizers,insert-fake-quant",
     "mixed": (
-        "canonicalize,calibrate,offer-options,sensitivity,allocate,refine,place-quantizers,"
-        "insert-fake-quant"
+        "canonicalize,halve-constants,calibrate,offer-options,sensitivity,allocate,refine,"
+        "place-quantizers,insert-fake-quant"
     ),
     "int8-dynamic": "canonicalize,choose-kernels,insert-fake-quant",
 }

@@ -9,6 +9,7 @@ from octavo.passes.calibrate import Calibrate
 from octavo.passes.canonicalize import Canonicalize
 from octavo.passes.choose_kernels import ChooseKernels
 from octavo.passes.fold_scales import FoldScales
+from octavo.passes.halve_constants import HalveConstants
 from octavo.passes.insert_fake_quant import InsertFakeQuant
 from octavo.passes.offer_options import OfferOptions
 from octavo.passes.place_quantizers import PlaceQuantizers
@@ -27,6 +28,7 @@ PASSES: Mapping[str, type[Pass]] = {
         FoldScales,
         Calibrate,
         ChooseKernels,
+        HalveConstants,
         OfferOptions,
         AnalyseSensitivity,
         Allocate,
