@@ -18,6 +18,7 @@ from octavo.backends.ort_lowering import lower
 from octavo.backends.ort_session import OrtEvaluator, has_vnni
 from octavo.backends.ort_target import TARGETS
 from octavo.cli.candidates import Candidate, fastest
+from octavo.cli.finishing import Finishing
 from octavo.cli.html_report import REPORT, write_report
 from octavo.cli.measured import Measured
 from octavo.cli.metric import labelled, named
@@ -213,7 +214,8 @@ class _Given:
                 cache=self.cache,
                 progress=self.progress,
             )
-            yield _Job(request, model, pipeline, ctx, feed, tuple(self.instruments), self.progress)
+            deciding, finish = Finishing.of(pipeline, self.instruments)
+            yield _Job(request, model, deciding, ctx, feed, finish, self.progress)
 
 
 @dataclass(frozen=True)
@@ -223,8 +225,12 @@ class _Job:
     pipeline: Pipeline
     ctx: PassContext
     feed: Feed
-    instruments: tuple[Instrument, ...]
+    finish: Finishing
     progress: Progress
+
+    @property
+    def instruments(self) -> Sequence[Instrument]:
+        return self.finish.instruments
 
     def run(self, cache: Cache | None) -> Compiled:
         source = _source_file(self.model, self.ctx.workdir)
@@ -257,6 +263,7 @@ class _Job:
             return model.find(Plan) or Plan({}, "")
 
         best, notes = fastest(build, decide, ctx, measured)
+        best = self.finish(best, ctx)
         proven = self._prove(best, measured, (*notes, *_saturation(ctx.target)))
         return replace(
             proven,
@@ -273,7 +280,7 @@ class _Job:
             calibration = calibration if request.metric else _fitted(calibration)
         ctx = replace(self.ctx, calibration=calibration)
         found = Planner(
-            request, self.model, self.pipeline, ctx, self.feed, self.instruments, measured, metric
+            request, self.model, self.pipeline, ctx, self.feed, self.finish, measured, metric
         ).run()
         notes = (*found.notes, *_saturation(ctx.target))
         proven = self._prove(found.candidate, measured, notes)
@@ -290,7 +297,7 @@ class _Job:
         source = _source_file(self.model, self.ctx.workdir)
         measured = Measured(source, self.feed, (), self.request, cache)
         planner = Planner(
-            self.request, self.model, self.pipeline, self.ctx, self.feed, self.instruments, measured
+            self.request, self.model, self.pipeline, self.ctx, self.feed, self.finish, measured
         )
         return planner.solve(), tuple(planner.notes)
 

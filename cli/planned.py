@@ -25,6 +25,7 @@ from octavo.passes.planning import Planning
 from octavo.passes.solve import solve
 
 if TYPE_CHECKING:
+    from octavo.cli.finishing import Finishing
     from octavo.cli.measured import Measured
     from octavo.cli.metric import Metric
     from octavo.cli.request import Request
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from octavo.ir.evaluate import CostModel
     from octavo.ir.model import Model
     from octavo.passes.base import PassContext
-    from octavo.passes.instruments import Instrument
     from octavo.passes.pipeline import Compilation, Pipeline
 
 _TRIES = 5
@@ -66,7 +66,7 @@ class Planner:
     pipeline: Pipeline
     ctx: PassContext
     feed: Feed
-    instruments: Sequence[Instrument]
+    finish: Finishing
     measured: Measured
     metric: Metric | None = None
     notes: list[str] = field(default_factory=list)
@@ -82,23 +82,38 @@ class Planner:
         self._study()
         if self.metric is not None:
             return self._by_metric(self.metric)
-        candidate, missed = self._within(self._budget, self._latency)
+        candidate, missed = self._finished(self._budget, self._latency)
         return self._planned(candidate, missed)
+
+    def _finished(self, budget: float | None, latency: str) -> tuple[Candidate, list[str]]:
+        """The candidate for these budgets with all passes done, and what it misses.
+
+        A bias that a pass adds takes bytes: the plan is made again for so many fewer, once.
+        """
+        candidate, missed = self._within(budget, latency)
+        done = self.finish(candidate, self._ctx)
+        over = 0.0 if budget is None else done.artifact.bytes - budget
+        if missed or over <= 0:
+            return done, missed
+        assert budget is not None
+        aim = budget - (done.artifact.bytes - candidate.artifact.bytes) - _MARGIN_BYTES
+        done = self.finish(self._within(aim, latency)[0], self._ctx)
+        return done, self._check(done, budget, latency)[0]
 
     def solve(self) -> Model:
         """The model with its plan, nothing built."""
         self._study()
         deciding, _ = self._pipeline_for(self._budget, self._latency).split("place-quantizers")
-        return deciding.run(self._base.model, self._ctx, self.instruments).model
+        return deciding.run(self._base.model, self._ctx, self.finish.instruments).model
 
     def _study(self) -> None:
         """Run everything that a plan rests on: ranges, seconds, offers, damages."""
         first, rest = self.pipeline.split("offer-options")
         studying, self._solving = rest.split("allocate")
-        base = first.run(self.model, self.ctx, self.instruments, rest.passes)
+        base = first.run(self.model, self.ctx, self.finish.instruments, rest.passes)
         cost = self._cost(base.model)
         self._ctx = replace(self.ctx, cost=cost, stand_in=self._stand_in())
-        studied = studying.run(base.model, self._ctx, self.instruments)
+        studied = studying.run(base.model, self._ctx, self.finish.instruments)
         self._base = replace(studied, records=(*base.records, *studied.records))
         size = self.request.size or _option(self.pipeline, "size")
         self._latency = self.request.latency or _option(self.pipeline, "latency")
@@ -134,7 +149,7 @@ class Planner:
         pipeline = self._pipeline_for(size, latency)
         if not refined:
             pipeline = pipeline.with_options("refine", seconds=0.0)
-        compiled = pipeline.run(self._base.model, self._ctx, self.instruments)
+        compiled = pipeline.run(self._base.model, self._ctx, self.finish.instruments)
         self.built += 1
         folder = self.ctx.workdir / f"plan-{self.built}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -225,9 +240,9 @@ class Planner:
 
     def _at(self, budget: float) -> tuple[Candidate, list[str]]:
         if self.request.goal == "fastest":
-            return self._within(self._budget, f"{budget:.9f}s")
+            return self._finished(self._budget, f"{budget:.9f}s")
         least = budget if self._budget is None else min(budget, self._budget)
-        return self._within(least, self._latency)
+        return self._finished(least, self._latency)
 
     def _range(self) -> tuple[float, float]:
         """The least total of what is searched, and that of the plan with the least damage."""
