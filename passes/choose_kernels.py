@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from octavo.ir.facts import Method
     from octavo.ir.model import Model
+    from octavo.ir.quant import QuantType
     from octavo.ir.target import KernelRow, Target
     from octavo.passes.base import PassContext
     from octavo.passes.chains import Chain
@@ -42,6 +43,8 @@ class ChooseKernels(Pass):
     node the best of dynamic quantization, storage and plain float.
     **Why.** A quantizer around a node whose integer kernel is slow or missing costs time; only
     the whole path tells whether an integer kernel pays.
+    `bits` are those of weights in the file; kernels multiply bytes, so that fewer are unpacked when
+    the model loads, and cost no time.
     **When it does not apply.** No calibrated range (no data): no static option. No row in the
     target's table, a pattern in `keep_float`, or too few weights to shrink: float, with the reason.
     **Cost and accuracy.** Changes nothing by itself; the plan is exact for the costs it is given.
@@ -56,6 +59,7 @@ class ChooseKernels(Pass):
     storage: bool = True
     weight_only: bool = False
     recurrent: bool = False
+    bits: int = 8
     block_size: int = 32
     keep_float: tuple[str, ...] = ()
 
@@ -78,7 +82,7 @@ class ChooseKernels(Pass):
             if node.name in absorbed:
                 continue
             if name in integer:
-                choices[name] = _static_choice(chains[name], node, ctx)
+                choices[name] = _static_choice(chains[name], node, ctx, self.bits)
             elif name in kept:
                 choices[name] = Choice(FLOAT, f"kept float by '{kept[name]}'")
             elif (choice := self._otherwise(node, name in chains, ctx, total)) is not None:
@@ -129,8 +133,9 @@ class ChooseKernels(Pass):
     ) -> Option:
         if method == "weight-only":
             blocks = PerBlock(1 - row.weight_axis, self.block_size)
-            return Option(method, QuantSpec("s8", blocks, symmetric=True))
-        spec = _weight_spec(row, node)
+            dtype: QuantType = f"s{self.bits}"  # type: ignore[assignment]
+            return Option(method, QuantSpec(dtype, blocks, symmetric=True))
+        spec = _weight_spec(row, node, self.bits)
         return Option(method, spec if method == "storage" else _computed(spec, ctx.target))
 
 
@@ -167,8 +172,9 @@ def _problem(
     return items, edges
 
 
-def _static_choice(chain: Chain, node: onnx_ir.Node, ctx: PassContext) -> Choice:
-    weight = _computed(_weight_spec(chain.row, node), ctx.target) if chain.row.weights else None
+def _static_choice(chain: Chain, node: onnx_ir.Node, ctx: PassContext, bits: int) -> Choice:
+    spec = _weight_spec(chain.row, node, bits) if chain.row.weights else None
+    weight = _computed(spec, ctx.target) if spec is not None else None
     seconds = {
         str(m): s for m in ("float", "static") if (s := ctx.cost.seconds(node, m)) is not None
     }
@@ -181,18 +187,19 @@ def _named(seconds: Mapping[Method, float]) -> dict[str, float]:
 
 def _computed(spec: QuantSpec, target: Target) -> QuantSpec:
     """The spec of a weight that an integer kernel multiplies, in the bits it can take."""
-    return spec if target.weight_bits == spec.bits else replace(spec, used_bits=target.weight_bits)
+    return replace(spec, used_bits=target.weight_bits) if target.weight_bits < spec.bits else spec
 
 
-def _weight_spec(row: KernelRow, node: onnx_ir.Node) -> QuantSpec:
-    """int8, one scale per output channel; recurrent weights one per row of every direction."""
+def _weight_spec(row: KernelRow, node: onnx_ir.Node, bits: int) -> QuantSpec:
+    """One scale per output channel; recurrent weights one per row of every direction."""
+    dtype: QuantType = f"s{bits}"  # type: ignore[assignment]
     weight = node.inputs[row.weights[0]]
     rank = weight.shape.rank() if weight is not None and weight.shape is not None else 0
     if node.op_type in _RECURRENT:
-        return QuantSpec("s8", PerBlock(2, 0), symmetric=True)
+        return QuantSpec(dtype, PerBlock(2, 0), symmetric=True)
     if rank < 2:
-        return QuantSpec("s8", PerTensor(), symmetric=True)
-    return QuantSpec("s8", PerAxis(row.weight_axis % rank), symmetric=True)
+        return QuantSpec(dtype, PerTensor(), symmetric=True)
+    return QuantSpec(dtype, PerAxis(row.weight_axis % rank), symmetric=True)
 
 
 def _fills_blocks(node: onnx_ir.Node, size: int) -> bool:
