@@ -32,7 +32,7 @@ class ClipWeights(Pass):
     channel or block, and keeps the one that minimises the sum of `|w - ŵ|^p`. Weights that are
     codes times some number keep exactly their values.
     **Why.** At few bits a single outlier costs all other weights of its channel their resolution.
-    **When it does not apply.** Weights that lie on their grid already.
+    **When it does not apply.** Weights on their grid already, float16, and tables of codes.
     **Cost and accuracy.** Data-free; 2 ns per weight and step. The error in the p-norm never
     rises. A `p` above 2 spares the large weights, which count for more than others.
     """
@@ -52,6 +52,9 @@ class ClipWeights(Pass):
 
     def _clip(self, model: Model, quantizer: WeightQuantizer, ctx: PassContext) -> None:
         fake, weight, old = quantizer.fake, quantizer.stored(), quantizer.params
+        if old.spec.half or old.spec.index_bits is not None:
+            ctx.remark("missed", fake.name or "", "its grid has no range to choose")
+            return
         before = self._relative(weight, old)
         if not before:
             ctx.remark("missed", fake.name or "", "the weight lies on its grid already")

@@ -83,4 +83,4 @@ def _most(gain: Float32, count: NDArray[np.float64]) -> NDArray[np.bool_]:
         best = left.argmax(axis=-1)[..., None]
         used = np.where(count[..., None] > taken, 0, np.take_along_axis(left, best, -1))
         np.put_along_axis(left, best, used, -1)
-    return left != gain
+    return np.not_equal(left, gain)
