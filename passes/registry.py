@@ -8,12 +8,19 @@ from octavo.passes.allocate import Allocate
 from octavo.passes.calibrate import Calibrate
 from octavo.passes.canonicalize import Canonicalize
 from octavo.passes.choose_kernels import ChooseKernels
+from octavo.passes.clip_weights import ClipWeights
+from octavo.passes.collect_moments import CollectMoments
+from octavo.passes.correct_bias import CorrectBias
 from octavo.passes.fold_scales import FoldScales
 from octavo.passes.halve_constants import HalveConstants
 from octavo.passes.insert_fake_quant import InsertFakeQuant
+from octavo.passes.match_moments import MatchMoments
 from octavo.passes.offer_options import OfferOptions
 from octavo.passes.place_quantizers import PlaceQuantizers
 from octavo.passes.refine import Refine
+from octavo.passes.round_gptq import RoundGptq
+from octavo.passes.round_learned import RoundLearned
+from octavo.passes.round_squant import RoundSquant
 from octavo.passes.sensitivity import AnalyseSensitivity
 
 if TYPE_CHECKING:
@@ -27,6 +34,7 @@ PASSES: Mapping[str, type[Pass]] = {
         Canonicalize,
         FoldScales,
         Calibrate,
+        CollectMoments,
         ChooseKernels,
         HalveConstants,
         OfferOptions,
@@ -35,5 +43,11 @@ PASSES: Mapping[str, type[Pass]] = {
         Refine,
         PlaceQuantizers,
         InsertFakeQuant,
+        RoundGptq,
+        RoundLearned,
+        ClipWeights,
+        RoundSquant,
+        MatchMoments,
+        CorrectBias,
     )
 }
