@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, final
 import numpy as np
 
 from octavo.passes.gptq import Factor, RowGrid, gptq, row_errors, row_parts
-from octavo.passes.scale_refit import refitted
+from octavo.passes.scale_refit import refitted, stored_scale
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -19,15 +19,26 @@ if TYPE_CHECKING:
     Float32 = NDArray[np.float32]
     Float64 = NDArray[np.float64]
 
+_NARROWEST = 0.6
+
 
 @final
 @dataclass(frozen=True)
 class GptqOptions:
-    """How weights are rounded; `damping` is relative to the mean diagonal of the moments."""
+    """How weights are rounded; `damping` is relative to the mean diagonal of the moments.
+
+    So many `ranges` are tried for every row, from the given one down to 0.6 of it.
+    """
 
     damping: float = 0.01
     act_order: bool = True
     refit: bool = True
+    ranges: int = 4
+
+    @property
+    def ratios(self) -> NDArray[np.float32]:
+        """What scales are multiplied with, one after another."""
+        return np.linspace(1, _NARROWEST, max(1, self.ranges), dtype=np.float32)
 
 
 @final
@@ -81,10 +92,32 @@ def gptq_weight(
 @final
 @dataclass(frozen=True)
 class _Found:
+    """Codes on a grid with their errors per row, and the sum of those of nearest codes."""
+
     codes: Float32
     grid: RowGrid
-    before: float
-    after: float
+    errors: Float64
+    before: float = 0.0
+
+    @property
+    def after(self) -> float:
+        return float(self.errors.sum())
+
+    def improved(self, other: _Found) -> _Found:
+        """The better of two per row, or as a whole where rows share scales."""
+        better = other.errors < self.errors
+        if self.grid.shared:
+            better = np.full_like(better, other.after < self.after)
+        wins = better[..., None]
+        grid = replace(
+            self.grid,
+            scale=np.where(wins, other.grid.scale, self.grid.scale),
+            zero=np.where(wins, other.grid.zero, self.grid.zero),
+        )
+        codes = np.where(wins, other.codes, self.codes)
+        return replace(
+            self, codes=codes, grid=grid, errors=np.where(better, other.errors, self.errors)
+        )
 
 
 @final
@@ -97,25 +130,18 @@ class _Layer:
     options: GptqOptions
 
     def rounded(self, weight: Float32, target: Float32, grid: RowGrid) -> _Found:
-        """Rows that fit in memory, `[groups, N, K]`."""
-        nearest = grid.nearest(weight)
-        before = self._errors(target, nearest, grid)
-        codes, new = gptq(target, self.factor, grid), grid
-        if self.options.refit:
-            new = refitted(target, codes, self.second, grid)
-        after = self._errors(target, codes, new)
-        better = after < before
-        if grid.shared:
-            better = np.full_like(better, after.sum() < before.sum())
-        wins = better[..., None]
-        best = replace(
-            grid,
-            scale=np.where(wins, new.scale, grid.scale),
-            zero=np.where(wins, new.zero, grid.zero),
-        )
-        kept = np.where(wins, codes, nearest)
-        left = np.where(better, after, before)
-        return _Found(kept, best, float(before.sum()), float(left.sum()))
+        """The best codes for rows that fit in memory, `[groups, N, K]`."""
+        best = self._found(target, grid.nearest(weight), grid)
+        best = replace(best, before=best.after)
+        for ratio in self.options.ratios:
+            scale = stored_scale(grid.scale * ratio, grid)
+            tried = replace(grid, scale=scale)
+            codes = gptq(target, self.factor, tried)
+            if self.options.refit:
+                tried = refitted(target, codes, self.second, tried)
+            best = best.improved(self._found(target, codes, tried))
+        return best
 
-    def _errors(self, target: Float32, codes: Float32, grid: RowGrid) -> Float64:
-        return row_errors(target - grid.values(codes), self.second)
+    def _found(self, target: Float32, codes: Float32, grid: RowGrid) -> _Found:
+        errors = row_errors(target - grid.values(codes), self.second)
+        return _Found(codes, grid, errors)

@@ -40,13 +40,14 @@ class RoundGptq(Pass):
     **What it does.** GPTQ (Frantar et al. 2023, arXiv 2210.17323) on the second moments of what a
     weight multiplies, columns of large inputs first (`act_order`), each on the grid that its
     block had before. Then the scales, and zero points of a grid that has them, are fitted to the
-    codes by least squares (`refit`; decoupleQ, arXiv 2404.12759). With `sequential` the inputs
+    codes by least squares (`refit`; decoupleQ, arXiv 2404.12759). The best of several `ranges`
+    is kept for every row. With `sequential` the inputs
     are those that the layers rounded before leave, and the float output is aimed at.
     **Why.** Rounding to nearest ignores that inputs are correlated; at 4 bits and below that
     costs most of the accuracy.
     **When it does not apply.** No calibration data, embeddings, weights that are on a grid.
-    **Cost and accuracy.** `K³/3 + N·K²` products per layer, and one float inference where no
-    moments are known. No row's output error exceeds that of nearest rounding.
+    **Cost and accuracy.** `K³/3` products per layer and `4·N·K²` per range, and one float
+    inference where no moments are known. No row's output error exceeds that of nearest rounding.
     """
 
     name = "round-gptq"
@@ -55,6 +56,7 @@ class RoundGptq(Pass):
     damping: float = 0.01
     act_order: bool = True
     refit: bool = True
+    ranges: int = 4
     sequential: bool = False
     samples: int = 512
 
@@ -118,7 +120,7 @@ class RoundGptq(Pass):
         matrix, second = sighted.matrix, sighted.second
         weight = quantizer.original()
         target = sighted.target(matrix.rows(weight))
-        options = GptqOptions(self.damping, self.act_order, self.refit)
+        options = GptqOptions(self.damping, self.act_order, self.refit, self.ranges)
         made = gptq_weight(weight, quantizer.params, matrix, second, options, target)
         whole = float(row_errors(target, second).sum()) or 1.0
         old = target - matrix.rows(quantizer.rounded())

@@ -46,7 +46,7 @@ def _scaled(weight: Float32, codes: Float32, second: Float32, grid: RowGrid) -> 
     centred = codes - grid.zero[..., grid.cells.block]
     residual = weight - grid.values(codes)
     (change,) = _solved(residual, [centred], second, grid)
-    return replace(grid, scale=_valid(grid.scale + change, grid))
+    return replace(grid, scale=stored_scale(grid.scale + change, grid))
 
 
 def _moved(weight: Float32, codes: Float32, second: Float32, grid: RowGrid) -> RowGrid:
@@ -54,7 +54,7 @@ def _moved(weight: Float32, codes: Float32, second: Float32, grid: RowGrid) -> R
     centred = codes - grid.zero[..., grid.cells.block]
     residual = weight - grid.values(codes)
     change, offset = _solved(residual, [centred, np.ones_like(codes)], second, grid)
-    scale = _valid(grid.scale + change, grid)
+    scale = stored_scale(grid.scale + change, grid)
     zero = np.clip(np.rint(grid.zero - offset / scale), grid.spec.qmin, grid.spec.qmax)
     return replace(grid, scale=scale, zero=zero.astype(np.float32))
 
@@ -108,8 +108,8 @@ def _regular(matrix: Float64) -> Float64:
     return matrix + ridge[..., None] * np.eye(matrix.shape[-1])
 
 
-def _valid(scale: Float32, old: RowGrid) -> Float32:
-    """The scales that can be stored, as they are stored."""
+def stored_scale(scale: Float32, old: RowGrid) -> Float32:
+    """A scale as it is stored, the old one where it cannot be."""
     if old.spec.half_scales:
         with np.errstate(over="ignore"):
             scale = scale.astype(np.float16).astype(np.float32)

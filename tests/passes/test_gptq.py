@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # Float32 sums of a few hundred products.
 RELATIVE = 1e-4
-PLAIN = GptqOptions(damping=1e-7, act_order=False, refit=False)
+PLAIN = GptqOptions(damping=1e-7, act_order=False, refit=False, ranges=1)
 
 
 def moments(rng: np.random.Generator, groups: int, width: int, samples: int = 0) -> Float32:
@@ -121,7 +121,11 @@ def test_uncorrelated_inputs_leave_nearest_rounding(act_order: bool) -> None:
     second = np.diag(np.random.default_rng(0).uniform(0.1, 9, 20)).astype(np.float32)[None]
     params = params_for_weight(weight, spec(3))
     made = gptq_weight(
-        weight, params, matrix_of(weight), second, GptqOptions(0.01, act_order, refit=False)
+        weight,
+        params,
+        matrix_of(weight),
+        second,
+        GptqOptions(0.01, act_order, refit=False, ranges=1),
     )
     np.testing.assert_array_equal(made.rounded, dequantize(quantize(weight, params), params))
 
@@ -131,7 +135,7 @@ def test_act_order_gives_large_inputs_less_error() -> None:
     second = moments(rng, 1, 48)
     params = params_for_weight(weight, spec(3))
     plain, ordered = (
-        gptq_weight(weight, params, matrix_of(weight), second, GptqOptions(0.01, order, False))
+        gptq_weight(weight, params, matrix_of(weight), second, GptqOptions(0.01, order, False, 1))
         for order in (False, True)
     )
     assert ordered.after < plain.after < plain.before
@@ -205,7 +209,9 @@ def test_columns_that_are_never_used_are_rounded_to_nearest() -> None:
     weight, second = normal(6, 4, 12), moments(np.random.default_rng(4), 1, 12)
     second[:, 3], second[:, :, 3] = 0, 0
     params = params_for_weight(weight, spec(3))
-    made = gptq_weight(weight, params, matrix_of(weight), second, GptqOptions(refit=False))
+    made = gptq_weight(
+        weight, params, matrix_of(weight), second, GptqOptions(refit=False, ranges=1)
+    )
     nearest = dequantize(quantize(weight, params), params)
     np.testing.assert_array_equal(made.rounded[:, 3], nearest[:, 3])
     assert made.after < made.before
