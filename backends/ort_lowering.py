@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 from octavo.backends import ort_blocks as blocks
 from octavo.backends import ort_layout as layout
 from octavo.backends import ort_rewrites as rewrites
+from octavo.backends.ort_levels import store_levels
 from octavo.backends.ort_packing import behind, halve_constant
 from octavo.backends.ort_target import MICROSOFT, ORT_CPU
 from octavo.ir.artifact import Artifact, PlannedNode
 from octavo.ir.errors import UsageError
 from octavo.ir.facts import Choice, HalfConstants, Placement, Plan
 from octavo.ir.fake_quant import DOMAIN, OPTION, declare_functions
+from octavo.ir.levels import OP_TYPE
 from octavo.ir.model import PROVENANCE, Model
 from octavo.ir.verify import verify
 from octavo.ir.write import write
@@ -60,6 +62,8 @@ def rewrite(own: Model) -> dict[str, str]:
     Returns, for the nodes whose kernel is written out, the value that kernel computes.
     """
     graph = own.graph
+    for node in [n for n in graph if n.domain == DOMAIN and n.op_type == OP_TYPE]:
+        store_levels(graph, node)
     fakes = [n for n in graph if n.domain == DOMAIN and n.op_type != "FakeQuantDynamic"]
     for fake in fakes:
         if not _is_constant(fake):
@@ -74,7 +78,7 @@ def rewrite(own: Model) -> dict[str, str]:
     halved = own.find(HalfConstants)
     for name in halved.names if halved is not None else ():
         if name in graph.initializers:
-            halve_constant(graph, graph.initializers[name])
+            halve_constant(graph, graph.initializers[name], graph[0])
     return explicit
 
 
@@ -241,7 +245,8 @@ def _constant_bytes(node: onnx_ir.Node) -> int:
 
 _ABSORBED = ORT_CPU.fused_activations
 _UNPACKERS = (
-    "DequantizeLinear", "Cast", "Mul", "Gather", "Reshape", "Slice", "BitwiseOr", "Transpose",
+    "DequantizeLinear", "Cast", "Mul", "Gather", "GatherElements", "Reshape", "Slice", "BitwiseOr",
+    "Transpose",
 )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir
 
 from octavo.backends.ort_edits import input_of, insert, unique
+from octavo.ir.errors import UsageError
 from octavo.ir.fake_quant import constant, params_of
 from octavo.ir.mapped import reading
 from octavo.ir.packing import pack, parts, sizes_name, steps
@@ -128,28 +129,39 @@ def scale_of(
     return known[key]
 
 
-def halve_constant(graph: onnx_ir.Graph, value: onnx_ir.Value) -> None:
-    """Store a float constant as float16 behind a Cast, if float16 holds all its numbers."""
+def halve_constant(
+    graph: onnx_ir.Graph, value: onnx_ir.Value, before: onnx_ir.Node
+) -> onnx_ir.Value | None:
+    """Store a float constant as float16 behind a Cast, if float16 holds all its numbers.
+
+    Returns what the Cast makes in its place.
+    """
     tensor, name = value.const_value, value.name or ""
-    if tensor is None or not value.uses():
-        return
+    if tensor is None:
+        return None
     array = tensor.numpy()
     bounded = np.clip(array, -_LARGEST_HALF, _LARGEST_HALF).astype(np.float16)
     if not np.array_equal(bounded.astype(np.float32), array):
-        return
+        return None
     half = constant(graph, f"{name}_f16", bounded)
     cast = onnx_ir.node("Cast", [half], {"to": 1}, name=name)
-    graph.insert_before(graph[0], cast)
+    graph.insert_before(before, cast)
     onnx_ir.convenience.replace_all_uses_with(value, cast.outputs[0])
     del graph.initializers[name]
     cast.outputs[0].name = name
+    return cast.outputs[0]
 
 
 def _emit(
     graph: onnx_ir.Graph, before: onnx_ir.Node, codes: Codes, spec: QuantSpec, name: str
 ) -> onnx_ir.Value:
     """Packed constants and the nodes from them to `name`; one constant where a code is a byte."""
-    return emit(graph, before, pack(codes, spec), parts(spec), steps(codes.shape, spec), name)
+    try:
+        packed = pack(codes, spec)
+    except ValueError as error:
+        message = f"a weight is not stored as {spec}"
+        raise UsageError(message, where=f"constant '{name}'", why=str(error)) from None
+    return emit(graph, before, packed, parts(spec), steps(codes.shape, spec), name)
 
 
 def emit(

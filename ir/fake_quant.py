@@ -4,7 +4,8 @@
 (float32) have a shape that broadcasts against `x`. `FakeQuantBlocks` does so per block of one
 axis, on `x` reshaped to `blocked_shape`. `FakeQuantBinary(x, scale, zero_point)` keeps only the
 sign, `FakeQuantHalf(x)` what float16 holds. `FakeQuantDynamic(x)` finds u8 parameters at run
-time. All are also local functions of standard operators, so that the model always runs.
+time. `FakeQuantLevels(x, levels)` says that `x` holds levels (`ir/levels.py`) and changes
+nothing. All are also local functions of standard operators, so that the model always runs.
 """
 
 from __future__ import annotations
@@ -81,6 +82,11 @@ _BODIES = {
             clipped = Clip (x, low, high)
             half = Cast <to: int = 10> (clipped)
             y = Cast <to: int = 1> (half)
+        }""",
+    "FakeQuantLevels": """
+        <opset_import: ["" : 21], domain: "octavo">
+        FakeQuantLevels <axis: int, bits: int> (x, levels) => (y) {
+            y = Identity (x)
         }""",
     "FakeQuantDynamic": """
         <opset_import: ["" : 21], domain: "octavo">

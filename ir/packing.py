@@ -178,6 +178,14 @@ def codebook_size(index_bits: int) -> int:
     return 3 if index_bits == 1 else 1 << index_bits
 
 
+def signed_indices(index_bits: int) -> NDArray[np.int8]:
+    """What stands for the indices 0, 1, … in signed codes: the upper half counts from the end."""
+    if index_bits == 1:
+        return np.array([1, -1], np.int8)
+    index = np.arange(1 << index_bits)
+    return np.where(index < index.size // 2, index, index - index.size).astype(np.int8)
+
+
 def kernel_bits(bits: int) -> int:
     """The width of the codes that a kernel of blocks reads for stored ones of `bits`."""
     return next(width for width in (2, 4, 8) if bits <= width)
@@ -269,10 +277,9 @@ def _indexed(codes: Codes, index_bits: int) -> tuple[NDArray[np.int8], NDArray[n
         message = f"{values.size} different codes, {index_bits} bits tell {count} apart"
         raise ValueError(message)
     codebook = np.zeros(codebook_size(index_bits), np.int8)
-    signed = np.arange(count) if index_bits > 1 else np.array([1, -1])
+    signed = signed_indices(index_bits)
     codebook[signed[: values.size]] = values
-    wrapped = np.where(signed >= count // 2, signed - count, signed) if index_bits > 1 else signed
-    return wrapped.astype(np.int8)[places.reshape(codes.shape)], codebook
+    return signed[places.reshape(codes.shape)], codebook
 
 
 def _digits(codes: Codes, found: tuple[Part, ...]) -> Iterator[NDArray[np.int8 | np.uint8]]:

@@ -11,12 +11,26 @@ import pytest
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from octavo.ir.packing import pack, packed_bytes, parts, steps, unpack
+from octavo.ir.packing import (
+    block_parts,
+    block_steps,
+    blocks_shape,
+    kernel_bits,
+    pack,
+    pack_blocks,
+    packed_bytes,
+    parts,
+    steps,
+    unpack,
+)
 from octavo.ir.quant import QuantSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
+    from octavo.ir.packing import Part, Step
     from octavo.ir.quant import QuantType
 
 SPECS = (
@@ -96,14 +110,30 @@ def test_the_operators_compute_what_numpy_does(spec: QuantSpec, shape: tuple[int
     if spec.bits == 8:
         assert not found
         return
-    (made,) = ReferenceEvaluator(_graph(codes, spec)).run(None, {})
-    assert np.asarray(made).dtype == np.int8
-    np.testing.assert_array_equal(np.asarray(made), codes)
+    made = _ran(found, parts(spec), pack(codes, spec), shape)
+    assert made.dtype == np.int8
+    np.testing.assert_array_equal(made, codes)
 
 
-def _graph(codes: NDArray[np.int8 | np.uint8], spec: QuantSpec) -> onnx.ModelProto:
-    constants = []
-    for index, (part, array) in enumerate(zip(parts(spec), pack(codes, spec), strict=True)):
+def _ran(
+    made: Sequence[Step],
+    stored: Sequence[Part],
+    packed: Sequence[NDArray[Any]],
+    shape: tuple[int, ...],
+) -> NDArray[Any]:
+    """What the operators compute, by ONNX's reference."""
+    (found,) = ReferenceEvaluator(_graph(made, stored, packed, shape)).run(None, {})
+    return np.asarray(found)
+
+
+def _graph(
+    made: Sequence[Step],
+    stored: Sequence[Part],
+    packed: Sequence[NDArray[Any]],
+    shape: tuple[int, ...],
+) -> onnx.ModelProto:
+    constants = [numpy_helper.from_array(a, "codebook") for a in packed[len(stored) :]]
+    for index, (part, array) in enumerate(zip(stored, packed, strict=False)):
         if part.native is None:
             constants.append(numpy_helper.from_array(array, f"part{index}"))
             constants.append(numpy_helper.from_array(part.table, f"table{index}"))
@@ -111,18 +141,63 @@ def _graph(codes: NDArray[np.int8 | np.uint8], spec: QuantSpec) -> onnx.ModelPro
             values = array.astype(np.int32).reshape(-1).tolist()
             constants.append(helper.make_tensor(f"part{index}", part.native, array.shape, values))
     nodes = []
-    for step in steps(codes.shape, spec):
+    for step in made:
         names = [n if isinstance(n, str) else "sizes" + "_".join(map(str, n)) for n in step.inputs]
         for name, given in zip(names, step.inputs, strict=True):
             if not isinstance(given, str) and name not in {t.name for t in constants}:
                 constants.append(numpy_helper.from_array(np.array(given, np.int64), name))
         attributes: dict[str, Any] = {} if step.to is None else {"to": int(step.to)}
         nodes.append(helper.make_node(step.op_type, names, [step.output], **attributes))
-    output = helper.make_tensor_value_info(nodes[-1].output[0], onnx.TensorProto.INT8, codes.shape)
+    kinds = {part.to for part in stored}
+    output = helper.make_tensor_value_info(nodes[-1].output[0], int(kinds.pop()), shape)
     graph = helper.make_graph(nodes, "g", [], [output], constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     onnx.checker.check_model(model, full_check=True)
     return model
+
+
+@pytest.mark.parametrize("size", [16, 32])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_blocks_of_every_width_are_what_kernels_read(bits: int, size: int) -> None:
+    """Every code beside every other; digits are offset by the kernel's own zero point."""
+    all_codes = _all_codes(QuantSpec(f"s{bits}"))  # type: ignore[arg-type]
+    left, right = (a.reshape(-1) for a in np.meshgrid(all_codes, all_codes))
+    short = -2 * left.size % 7
+    pairs = np.stack([left, right], axis=1).reshape(-1)
+    codes = np.concatenate([pairs, pairs[:short]]).reshape(7, -1)
+    width = kernel_bits(bits)
+    shape = blocks_shape(*codes.shape, bits, size)
+    packed = pack_blocks(codes, bits, size)
+    found = (
+        packed[0]
+        if bits == width
+        else _ran(block_steps(shape, bits), block_parts(bits), packed, shape)
+    )
+    assert found.shape == shape
+    digits = found[..., None] >> width * np.arange(8 // width) & (1 << width) - 1
+    read = digits.reshape(7, -1)[:, : codes.shape[1]] - (1 << width - 1)
+    np.testing.assert_array_equal(read, codes)
+    stored = sum(a.size * (0.5 if a.dtype.itemsize == 1 and a.ndim == 3 and bits != width else 1)
+                 for a in packed)  # fmt: skip
+    assert stored == 7 * shape[1] * size * bits / 8
+
+
+@pytest.mark.parametrize("shape", [(1,), (40,), (7, 3, 3)], ids=str)
+@pytest.mark.parametrize("bits", range(1, 8))
+def test_few_codes_are_indices(bits: int, shape: tuple[int, ...]) -> None:
+    spec = QuantSpec("s8", symmetric=True, index_bits=bits)
+    rng = np.random.default_rng(bits)
+    chosen = rng.choice(np.arange(-127, 128), 2**bits, replace=False)
+    codes = rng.choice(chosen, shape).astype(np.int8)
+    packed = pack(codes, spec)
+    np.testing.assert_array_equal(unpack(packed, shape, spec), codes)
+    np.testing.assert_array_equal(_ran(steps(shape, spec), parts(spec), packed, shape), codes)
+    assert packed[-1].size == (3 if bits == 1 else 2**bits)
+
+
+def test_more_codes_than_indices_are_refused() -> None:
+    with pytest.raises(ValueError, match="5 different codes, 2 bits tell 4 apart"):
+        pack(np.arange(5, dtype=np.int8), QuantSpec("s8", index_bits=2))
 
 
 @pytest.mark.parametrize("dtype", ["u4", "u2"])
