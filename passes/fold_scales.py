@@ -38,9 +38,9 @@ class FoldScales(Pass):
 
     **What it does.** Divides an output channel of a normalization or linear operator by s and
     multiplies the weights that read it by s; operators in between only pass positive scales.
-    Candidates for s: `smoothquant`, `awq` (a grid of powers of the mean activation) and `cle`
-    (equal weight ranges, no data); `auto` tries awq and cle. The one that leaves the least
-    output error after rounding to `bits` stays, if it beats no scale.
+    Candidates for s: `smoothquant`, `awq` (powers of mean activation and largest weight, `grid`
+    exponents for each) and `cle` (equal weight ranges, no data); `auto` tries awq and cle. The
+    one that leaves the least output error after rounding to `bits` stays, if it beats no scale.
     **Why.** Large activations make the errors of their few weights count most.
     **When it does not apply.** A channel has a reader that changes with scale (a sum with
     something else, Clip, Gelu, a shared weight); the remark names it. Without data only ranges
@@ -59,7 +59,7 @@ class FoldScales(Pass):
     per_tensor: bool = False
     activation_bits: int = 0
     alpha: float = 0.5
-    grid: int = 20
+    grid: int = 5
     samples: int = 64
     rows: int = 256
     only: tuple[str, ...] = ()
@@ -86,7 +86,7 @@ class FoldScales(Pass):
             ("bits", self.bits, 2, 8),
             ("activation-bits", self.activation_bits, 0, 8),
             ("alpha", self.alpha, 0.0, 1.0),
-            ("grid", self.grid, 1, 1000),
+            ("grid", self.grid, 2, 100),
             ("samples", self.samples, 1, 1 << 30),
             ("rows", self.rows, 1, 1 << 30),
             ("block", self.block, 0, 1 << 30),

@@ -27,6 +27,8 @@ Rule = Callable[["onnx_ir.Node", Mapping[int, "Labels"]], "list[Labels] | str"]
 
 def passed(node: onnx_ir.Node, carried: Mapping[int, Labels]) -> list[Labels] | str:
     """Labels of every output, given those of the inputs that carry them; or why there are none."""
+    if is_op(node, "Clip"):
+        return f"'{node.name}' (Clip) would need bounds per channel"
     rule = _RULES.get(node.op_type) if is_op(node, *_RULES) else None
     if rule is None:
         return f"'{node.name}' ({node.op_type}) passes no scale"
@@ -35,6 +37,7 @@ def passed(node: onnx_ir.Node, carried: Mapping[int, Labels]) -> list[Labels] | 
 
 
 def rank_of(value: onnx_ir.Value | None) -> int | None:
+    """The number of axes of a value, `None` where it is unknown."""
     return len(value.shape) if value is not None and value.shape is not None else None
 
 

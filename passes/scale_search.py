@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, final
@@ -88,17 +89,20 @@ class Trial:
         weights = self._weight_ranges()
         yield f"smoothquant alpha={alpha:g}", self._settled(peaks**alpha, weights ** (1 - alpha))
 
-    def awq(self, steps: int) -> Iterator[tuple[str, Float64]]:
-        """mean|X|^alpha on a grid of alpha in (0, 1], with geometric mean 1 (AWQ, arXiv
-        2306.00978, equation 5)."""
+    def awq(self, points: int) -> Iterator[tuple[str, Float64]]:
+        """mean|X|^alpha / max|W|^beta with geometric mean 1, alpha and beta on a grid in [0, 1].
+
+        AWQ (arXiv 2306.00978, equation 5) has beta = 0, its published code 1 - alpha too.
+        """
         means = self._per_channel(lambda layer: layer.mean_magnitude() / layer.fed)
-        for step in range(1, steps + 1):
-            alpha = step / steps
-            scale = self._settled(means**alpha, np.ones_like(means))
-            known = self.link.free & (means > 0)
-            centre = np.exp(np.log(scale[known]).mean()) if np.any(known) else 1.0
-            scale[known] /= centre
-            yield f"awq alpha={alpha:g}", scale
+        weights = self._weight_ranges()
+        exponents = [step / (points - 1) for step in range(points)]
+        for alpha, beta in itertools.product(exponents, exponents):
+            if alpha or beta:
+                scale = self._settled(means**alpha, weights**beta)
+                known = self.link.free & (means > 0) & (weights > 0)
+                scale[known] /= np.exp(np.log(scale[known]).mean()) if np.any(known) else 1.0
+                yield f"awq alpha={alpha:g} beta={beta:g}", scale
 
     def equalised(self) -> Iterator[tuple[str, Float64]]:
         """sqrt(r1 / r2), after which both ranges are sqrt(r1 r2) (DFQ, arXiv 1906.04721,

@@ -95,19 +95,21 @@ def error(x: NDArray[np.float64], w: NDArray[np.float64], scale: NDArray[np.floa
     return float((left**2).sum() / (truth**2).sum())
 
 
-def test_awq_takes_the_best_alpha_of_the_grid(calibrated: Calibrated) -> None:
+@pytest.mark.parametrize("grid", [2, 5])
+def test_awq_takes_the_best_exponents_of_the_grid(grid: int, calibrated: Calibrated) -> None:
     model = seeded(NORMED)
     ctx = calibrated(model)
     x, w, v = read_by_the_layers(model, ctx), array(model, "w"), array(model, "v")
-    grid = 10
-    alphas = [step / grid for step in range(1, grid + 1)]
-    tried = [np.abs(x).mean(axis=0) ** alpha for alpha in alphas]
+    steps = [step / (grid - 1) for step in range(grid)]
+    pairs = [(alpha, beta) for alpha in steps for beta in steps]
+    means, largest = np.abs(x).mean(axis=0), np.abs(np.concatenate([w, v], axis=1)).max(axis=1)
+    tried = [means**alpha / largest**beta for alpha, beta in pairs]
     errors = [error(x, w, scale) + error(x, v, scale) for scale in tried]
     gamma = array(model, "gamma")
     after = FoldScales(method="awq", bits=BITS, grid=grid).run(model.clone(), ctx)
     (remark,) = remarks(ctx, "applied", "norm")
     best = int(np.argmin(errors))
-    assert remark.text.startswith(f"awq alpha={alphas[best]:g}:")
+    assert remark.text.startswith("awq alpha={:g} beta={:g}:".format(*pairs[best]))
     ones = np.ones(WIDTH)
     assert remark.values["before"] == pytest.approx(error(x, w, ones) + error(x, v, ones), rel=1e-3)
     assert remark.values["after"] == pytest.approx(errors[best], rel=1e-3)
@@ -246,7 +248,7 @@ def test_only_selects_links(calibrated: Calibrated) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["bits=1", "bits=9", "activation-bits=9", "alpha=1.5", "grid=0", "rows=0", "block=-1"]
+    "text", ["bits=1", "bits=9", "activation-bits=9", "alpha=1.5", "grid=1", "rows=0", "block=-1"]
 )
 def test_options_out_of_range_are_refused(text: str, calibrated: Calibrated) -> None:
     model = seeded(NORMED)
