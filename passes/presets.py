@@ -15,6 +15,10 @@ PRESETS: Mapping[str, str] = {
         "canonicalize,halve-constants,calibrate,offer-options,sensitivity,allocate,refine,"
         "place-quantizers,insert-fake-quant"
     ),
+    "int4": (
+        "canonicalize,fold-scales,calibrate,collect-moments,choose-kernels{bits=4},"
+        "place-quantizers,insert-fake-quant,clip-weights,round-gptq"
+    ),
     "int8-dynamic": "canonicalize,choose-kernels,insert-fake-quant",
 }
 

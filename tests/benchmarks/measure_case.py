@@ -59,6 +59,7 @@ def _compile(
         command += ["--shape", f"{name}={'x'.join(map(str, shape))}"]
     if calibration is not None:
         command += ["--calibration", calibration]
+    command += case.options
     process = run(command)
     if process.code not in (0, _AUDIT_FAILED) or not artifact.exists():
         message = f"octavo compile ended with code {process.code}:\n{process.output}"
@@ -86,7 +87,9 @@ def _score_rows(case: Case, task: Task, files: Mapping[str, Path], threads: int)
     }
     for quantity in compared[_OCTAVO]:
         values = {name: found[quantity] for name, found in compared.items()}
-        yield Row(f"outputs, {quantity}", "score", values)
+        least = case.outputs.get(quantity)
+        goal = None if least is None else Goal(least, at_least=True)
+        yield Row(f"outputs, {quantity}", "score", values, goal)
 
 
 def _score_goal(case: Case, task: Task, reference: float) -> Goal:

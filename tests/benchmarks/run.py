@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from cases import CASES
+from cases import CASES, LOW_BIT_CASES
 from measure import startup_seconds
 from measure_case import measure_case
 from report import Goal, Row, show
@@ -27,19 +27,21 @@ def main(
     models: Annotated[
         list[str] | None, typer.Option(help="A model to measure; repeatable.")
     ] = None,
+    low_bits: Annotated[bool, typer.Option(help="The cases of fewer than 8 bits.")] = False,
     peers: Annotated[bool, typer.Option(help="Measure other tools in the same run.")] = False,
     output: Annotated[Path | None, typer.Option("--json", help="Write the results there.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of the runtime.")] = 1,
 ) -> None:
     """Print, for every model, size, score, fidelity, speed and compile cost beside the goals."""
-    known = [*(case.name for case in CASES), _STARTUP]
-    chosen = models or known
+    known = [*(case.name for case in (*CASES, *LOW_BIT_CASES)), _STARTUP]
+    usual = LOW_BIT_CASES if low_bits else CASES
+    chosen = models or [*(case.name for case in usual), *([] if low_bits else [_STARTUP])]
     if unknown := sorted(set(chosen) - set(known)):
         raise typer.BadParameter(f"{', '.join(unknown)}; known are {', '.join(known)}")
     console = Console(width=None if Console().is_terminal else 160)
     results: dict[str, list[Row]] = {}
     failed = False
-    for case in (case for case in CASES if case.name in chosen):
+    for case in (case for case in (*CASES, *LOW_BIT_CASES) if case.name in chosen):
         with tempfile.TemporaryDirectory(prefix="octavo-bench-") as folder:
             try:
                 results[case.name] = measure_case(case, Path(folder), peers, threads)
