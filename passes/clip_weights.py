@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, final
 
 import numpy as np
 
+from octavo.ir.errors import UsageError
 from octavo.ir.facts import Fact
 from octavo.ir.fake_quant import set_rounded
 from octavo.ir.quant import dequantize, quantize
@@ -44,6 +45,9 @@ class ClipWeights(Pass):
     steps: int = 80
 
     def run(self, model: Model, ctx: PassContext) -> Model:
+        if not (self.p > 0 and self.steps > 0):
+            message = f"a norm with p={self.p:g} over {self.steps} steps has no least value"
+            raise UsageError(message, hint="give p > 0 and steps of at least 1")
         quantizers = list(weight_quantizers(model))
         for done, quantizer in enumerate(quantizers, start=1):
             self._clip(model, quantizer, ctx)

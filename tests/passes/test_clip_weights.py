@@ -9,6 +9,7 @@ import onnx.parser
 import pytest
 from onnx import numpy_helper
 
+from octavo.ir.errors import UsageError
 from octavo.ir.facts import Choice, Option, Plan
 from octavo.ir.fake_quant import params_of
 from octavo.ir.quant import (
@@ -213,3 +214,10 @@ def test_what_lies_on_its_grid_is_left_alone(pass_context: PassContext) -> None:
     after = Pipeline.parse("clip-weights").run(before, pass_context)
     assert after.model.fingerprint == before.fingerprint
     assert [r.kind for r in after.records[0].remarks] == ["missed"]
+
+
+@pytest.mark.parametrize("options", ["p=0", "p=-1.0", "steps=0"])
+def test_a_norm_without_a_least_value_is_refused(options: str, pass_context: PassContext) -> None:
+    before = planned(drawn((6, 4)), QuantSpec("s3", PerAxis(1), symmetric=True), pass_context)
+    with pytest.raises(UsageError, match="no least value"):
+        Pipeline.parse(f"clip-weights{{{options}}}").run(before, pass_context)
