@@ -39,7 +39,7 @@ def divergence(kinds: Mapping[str, Literal["logits", "probabilities", "values"]]
     """
 
     def loss(outputs: Mapping[str, Tensor], feed: Mapping[str, Tensor]) -> Tensor:
-        parts = [_divergence(outputs[name], kind) for name, kind in kinds.items()]
+        parts = [distance(outputs[k], outputs[k].detach(), kind) for k, kind in kinds.items()]
         return torch.stack(parts).sum()
 
     return loss
@@ -56,12 +56,17 @@ def cross_entropy(logits: str, labels: str) -> Loss:
     return loss
 
 
-def _divergence(output: Tensor, kind: str) -> Tensor:
+def distance(output: Tensor, truth: Tensor, kind: str) -> Tensor:
+    """How far an output is from what it should be, by its kind; gradients flow through both."""
     if kind == "values":
         rows = output.reshape(output.shape[0] if output.dim() > 1 else 1, -1)
-        power = rows.detach().square().sum(1).clamp_min(_TINY)
-        return ((rows - rows.detach()).square().sum(1) / power).mean()
+        wanted = truth.reshape(rows.shape)
+        power = wanted.square().sum(1).clamp_min(_TINY)
+        return ((rows - wanted).square().sum(1) / power).mean()
+    logs, wanted = _log_chances(output, kind), _log_chances(truth, kind)
+    return (wanted.exp() * (wanted - logs)).sum(-1).mean()
+
+
+def _log_chances(output: Tensor, kind: str) -> Tensor:
     rows = output.reshape(-1, output.shape[-1])
-    logs = torch.log_softmax(rows, -1) if kind == "logits" else rows.clamp_min(_TINY).log()
-    truth = logs.detach()
-    return (truth.exp() * (truth - logs)).sum(-1).mean()
+    return torch.log_softmax(rows, -1) if kind == "logits" else rows.clamp_min(_TINY).log()

@@ -1,0 +1,127 @@
+"""Prepare a distillation: targets of the float model, the parts that train, the verdict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+import numpy as np
+
+from octavo.ir.calibration import Part, samples_of
+from octavo.ir.extract import extract
+from octavo.ir.reference import Reference
+from octavo.passes.blocks import blocks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from octavo.ir.calibration import Batches, Feed
+    from octavo.ir.torch_distillation import Lesson
+    from octavo.ir.torch_fit import Samples
+    from octavo.ir.torch_rounding import RoundingMethod
+    from octavo.ir.torch_student import Student
+    from octavo.passes.base import PassContext
+    from octavo.passes.output_damage import OutputDamage
+    from octavo.passes.recover import Recover
+    from octavo.passes.trainable import Trainable
+
+    Run = Callable[[Feed], dict[str, NDArray[np.generic]]]
+
+_CHECKS = 20
+
+
+@final
+@dataclass(frozen=True)
+class Distillation:
+    """One compressed model and the data it is trained on."""
+
+    trainable: Trainable
+    ctx: PassContext
+    batches: Batches
+    damage: OutputDamage
+    options: Recover
+
+    def run(self) -> None:
+        """Train, and write what was learned if the runtime agrees that it helps.
+
+        Raises NotDifferentiable.
+        """
+        from octavo.ir.torch_student import Rates
+
+        features = self._features() if self.options.features else ()
+        student = self._student(features)
+        train, check = (self._samples(student, Part(self.batches, k), features) for k in (0, 1))
+        options = self.options
+        rates = Rates(
+            options.codes_rate, options.scales_rate, options.vectors_rate, options.activations_rate
+        )
+        before, after, outcome = self._lesson(features).run(
+            student, train, check, rates, options.seconds, self.ctx.seed,
+            lambda done, steps: self.ctx.progress("recover", done, steps),
+        )  # fmt: skip
+        self.ctx.count("steps", outcome.steps)
+        better = after < before
+        if better:
+            self.trainable.write(student)
+        how = "the clock ended it" if outcome.late else f"{outcome.steps} steps"
+        if outcome.diverged:
+            how = "no loss was finite"
+        self.ctx.remark(
+            "applied" if better else "missed", "",
+            f"{self.damage.text} on held-out samples: {before:.3e} before, {after:.3e} after "
+            f"({how})",
+            before=before, after=after, steps=outcome.steps, restarts=outcome.restarts,
+        )  # fmt: skip
+
+    def _student(self, features: tuple[str, ...]) -> Student:
+        kind = self.options.weights
+        method: RoundingMethod = "fixed" if kind == "none" else kind
+        inputs = [value.name or "" for value in self.trainable.model.graph.inputs]
+        outputs = (*self.damage.kinds, *features)
+        methods = dict.fromkeys(self.trainable.weights, method)
+        return self.trainable.student(inputs, outputs, methods, vectors=True, activations=True)
+
+    def _features(self) -> tuple[str, ...]:
+        """Values between blocks."""
+        reference = self.trainable.model.fact(Reference).model
+        weights = {name for names in self.trainable.readers().values() for name in names}
+        cut = blocks(reference, weights, self.trainable.rounded_nodes(), 1)
+        return tuple(n for block in cut for n in block.exits if n not in self.damage.kinds)
+
+    def _samples(self, student: Student, part: Part, features: tuple[str, ...]) -> Samples:
+        from octavo.ir.torch_distillation import LABELS
+        from octavo.ir.torch_fit import Samples
+        from octavo.ir.torch_reconstruction import target_name
+
+        reference = self.trainable.model.fact(Reference).model
+        wanted = (*self.damage.kinds, *features)
+        run: Run = self.ctx.evaluator.load(extract(reference, (), wanted))
+        inputs = [name for name in student.graph.inputs if name not in student.weights]
+        labels, start, feeds = self._labels(part), 0, []
+        names = [value.name or "" for value in reference.graph.inputs]
+        for feed in part:
+            found = run({name: feed[name] for name in names})
+            made = {name: feed[name] for name in inputs}
+            made |= {target_name(name): found[name] for name in wanted}
+            stop = start + samples_of(feed)
+            if labels is not None:
+                made[LABELS] = labels[start:stop]
+            start = stop
+            feeds.append(made)
+        return Samples(feeds, rows=self.trainable.in_rows(inputs))
+
+    def _labels(self, part: Part) -> NDArray[np.generic] | None:
+        """Whole numbers, one or one row per sample, where they are wanted."""
+        labels = part.labels if self.options.labels else None
+        return labels if labels is not None and labels.dtype.kind in "iu" else None
+
+    def _lesson(self, features: tuple[str, ...]) -> Lesson:
+        from octavo.ir.torch_distillation import Lesson
+
+        options = self.options
+        return Lesson(
+            self.damage.kinds, features, options.features, options.labels, options.steps,
+            options.batch, max(1, options.steps // _CHECKS), options.patience,
+        )  # fmt: skip

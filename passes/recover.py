@@ -1,0 +1,72 @@
+"""Train what a compressed model keeps in float so that its outputs return to the original's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, final
+
+from octavo.ir.errors import NotDifferentiable
+from octavo.ir.facts import Fact
+from octavo.ir.reference import Reference
+from octavo.passes.base import Pass
+from octavo.passes.distillation import Distillation
+from octavo.passes.output_damage import Metric, OutputDamage
+from octavo.passes.trainable import Trainable
+
+if TYPE_CHECKING:
+    from octavo.ir.model import Model
+    from octavo.passes.base import PassContext
+
+
+@final
+@dataclass(frozen=True)
+class Recover(Pass):
+    """Distil the compressed graph against the float one.
+
+    **What it does.** Trains the scales of weights and activations, biases and the gains and shifts
+    of norms; with `weights=flexround` or `straight-through` the codes as well. The loss is KL of
+    the classes, or the normalised error of other outputs, against the float model, and the error
+    of values between blocks with share `features`; labels are used where the data has them, with
+    share `labels`.
+    **Why.** Passes before it look at one layer or block; only the outputs say what matters.
+    **When it does not apply.** No calibration data, operators without gradients.
+    **Cost and accuracy.** `steps` batches, about `seconds`. The best state on the held-out half is
+    kept, and nothing is changed where that is no better than what was there.
+    """
+
+    name = "recover"
+    requires = (Reference,)
+    preserves = (Fact,)
+
+    weights: Literal["none", "flexround", "straight-through"] = "none"
+    steps: int = 400
+    batch: int = 32
+    seconds: float = 120.0
+    features: float = 1.0
+    labels: float = 0.0
+    codes_rate: float = 0.003
+    scales_rate: float = 0.002
+    vectors_rate: float = 0.002
+    activations_rate: float = 0.002
+    patience: int = 8
+    metric: Metric = "auto"
+
+    def run(self, model: Model, ctx: PassContext) -> Model:
+        reference, trainable = model.fact(Reference).model, Trainable.of(model)
+        damage = OutputDamage.of(reference, self.metric)
+        if ctx.calibration is None or not damage.kinds:
+            why = "no calibration data" if ctx.calibration is None else "no output of floats"
+            ctx.remark("note", "", f"{why}: nothing is recovered")
+            return model
+        from octavo.ir.torch_needed import need_torch
+
+        need_torch(self.name)
+        distillation = Distillation(trainable, ctx, ctx.calibration, damage, self)
+        from octavo.ir.torch_losses import one_thread
+
+        try:
+            with one_thread():
+                distillation.run()
+        except NotDifferentiable as error:
+            ctx.remark("missed", "", str(error).splitlines()[0])
+        return model
