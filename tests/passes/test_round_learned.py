@@ -1,0 +1,209 @@
+"""Learned rounding and recovery inside the pipeline: they help, and never harm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from octavo.cli.calibration_data import load_calibration
+from octavo.ir.calibration import Part, samples_of
+from octavo.ir.facts import Choice, Option, Placement, Plan, Range, Ranges, Site
+from octavo.ir.fake_quant import params_of
+from octavo.ir.quant import PerAxis, QuantSpec, dequantize, quantize
+from octavo.ir.read import read
+from octavo.ir.reference import Reference
+from octavo.models import shipped
+from octavo.passes.output_damage import OutputDamage
+from octavo.passes.pipeline import Pipeline
+from octavo.passes.recover import Recover
+from octavo.passes.round_learned import RoundLearned
+from octavo.passes.trainable import Trainable
+
+torch = pytest.importorskip("torch")
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from octavo.ir.calibration import Batches, Feed
+    from octavo.ir.model import Model
+    from octavo.passes.base import Pass, PassContext
+    from octavo.passes.pipeline import Compilation
+
+_UP_TO_ORDER_OF_SUMS = 1e-5
+
+
+@dataclass(frozen=True)
+class Relabelled:
+    """Other data with labels."""
+
+    source: Batches
+    labels: np.ndarray[tuple[int], np.dtype[np.int64]]
+
+    @property
+    def samples(self) -> int:
+        return self.source.samples
+
+    @property
+    def sha256(self) -> str:
+        return self.source.sha256
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return iter(self.source)
+
+
+def rounded(model: Model, ctx: PassContext, bits: int) -> Model:
+    """Every Conv and Gemm at that many bits in storage, activations float."""
+    spec = QuantSpec(f"s{bits}", PerAxis(0), symmetric=True)  # type: ignore[arg-type]
+    source = Pipeline.parse("canonicalize").run(model, ctx).model
+    nodes = [n for n in source.graph if n.op_type in ("Conv", "Gemm")]
+    plan = Plan({n.name or "": Choice(Option("storage", weight=spec), "") for n in nodes}, "")
+    return Pipeline.parse("insert-fake-quant").run(source.with_fact(plan), ctx).model
+
+
+def run(model: Model, ctx: PassContext, pass_: Pass) -> Compilation:
+    return Pipeline((pass_,)).run(model, ctx)
+
+
+def damage(model: Model, ctx: PassContext, feeds: list[Feed]) -> float:
+    """KL of a compressed model against its reference."""
+    reference = model.fact(Reference).model
+    ours, theirs = ctx.evaluator.load(model), ctx.evaluator.load(reference)
+    found = OutputDamage.of(reference)
+    rows = [found.per_sample(theirs(f), ours(f), samples_of(f)) for f in feeds]
+    return float(np.concatenate(rows).mean())
+
+
+def on_grid(model: Model) -> bool:
+    """Whether every quantized weight is what its own codes give."""
+    for fake in Trainable.of(model).weights.values():
+        value = fake.inputs[0]
+        assert value is not None
+        assert value.const_value is not None
+        array, params = value.const_value.numpy(), params_of(fake)
+        if not np.array_equal(dequantize(quantize(array, params), params), array):
+            return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def mobile() -> Model:
+    return read(shipped("fashion-mobile"))
+
+
+@pytest.fixture
+def fashion(mobile: Model, pass_context: PassContext) -> PassContext:
+    path = shipped("fashion-mobile").with_name("fashion.npz")
+    return replace(pass_context, calibration=load_calibration(str(path), mobile, limit=96))
+
+
+@pytest.mark.parametrize("method", ["adaround", "flexround"])
+def test_blocks_come_closer_to_the_float_ones(
+    mobile: Model, fashion: PassContext, method: str
+) -> None:
+    """Held-out KL falls at 3 bits, and what is written lies on the grids."""
+    assert fashion.calibration is not None
+    model = rounded(mobile, fashion, 3)
+    # The second feed of four is what the pass decides by; none of it is learned from.
+    held_out = list(Part(fashion.calibration, 1, 4))
+    learned = run(model, fashion, RoundLearned(method=method, steps=30))  # type: ignore[arg-type]
+    after = damage(learned.model, fashion, held_out)
+    assert after < 0.8 * damage(model, fashion, held_out)
+    assert on_grid(learned.model)
+    for remark in learned.records[-1].remarks:
+        assert remark.values["after"] <= remark.values["before"]  # type: ignore[operator]
+        assert (remark.kind == "applied") == (remark.values["after"] < remark.values["before"])  # type: ignore[operator]
+
+
+def test_the_same_seed_gives_the_same_weights(mobile: Model, fashion: PassContext) -> None:
+    model = rounded(mobile, fashion, 3)
+    for pass_ in (RoundLearned(steps=3, layers=8), Recover(steps=4)):
+        first, second = (run(model, fashion, pass_).model.fingerprint for _ in range(2))
+        assert first == second != model.fingerprint
+
+
+def test_recovery_lowers_the_damage_of_samples_it_has_not_learned_from(
+    mobile: Model, fashion: PassContext
+) -> None:
+    """The remark says what the runtime measures, and codes stay as they were."""
+    assert fashion.calibration is not None
+    model = rounded(mobile, fashion, 3)
+    held_out = list(Part(fashion.calibration, 1))
+    recovered = run(model, fashion, Recover(steps=40))
+    before, after = (damage(m, fashion, held_out) for m in (model, recovered.model))
+    (remark,) = recovered.records[-1].remarks
+    assert after < 0.7 * before
+    assert remark.values["before"] == pytest.approx(before, rel=1e-3)
+    assert remark.values["after"] == pytest.approx(after, rel=1e-3)
+    assert on_grid(recovered.model)
+    pairs = (Trainable.of(m).weights for m in (model, recovered.model))
+    for old, new in zip(*(p.values() for p in pairs), strict=True):
+        codes = [quantize(f.inputs[0].const_value.numpy(), params_of(f)) for f in (old, new)]  # type: ignore[union-attr]
+        np.testing.assert_array_equal(*codes)
+
+
+@pytest.mark.parametrize("weights", ["flexround", "straight-through"])
+def test_rates_that_ruin_a_model_change_nothing(
+    mobile: Model, fashion: PassContext, weights: str
+) -> None:
+    """The held-out half is no better, so the graph stays what it was."""
+    model = rounded(mobile, fashion, 3)
+    ruinous = Recover(weights=weights, steps=4, codes_rate=3.0, scales_rate=3.0, vectors_rate=9.0)  # type: ignore[arg-type]
+    left = run(model, fashion, ruinous)
+    assert left.model.fingerprint == model.fingerprint
+    assert left.records[-1].remarks[-1].kind == "missed"
+
+
+def test_nothing_is_learned_without_data(mobile: Model, pass_context: PassContext) -> None:
+    model = rounded(mobile, pass_context, 4)
+    for pass_ in (RoundLearned(), Recover()):
+        left = run(model, pass_context, pass_)
+        assert left.model.fingerprint == model.fingerprint
+        assert [r.kind for r in left.records[-1].remarks] == ["note"]
+
+
+def test_labels_count_where_the_data_has_them(mobile: Model, fashion: PassContext) -> None:
+    """With labels alone the cross entropy of the training half falls."""
+    assert fashion.calibration is not None
+    model = rounded(mobile, fashion, 3)
+    plain = run(model, fashion, Recover(steps=4)).model.fingerprint
+    missing = run(model, fashion, Recover(steps=4, labels=0.5)).model.fingerprint
+    labels = np.arange(fashion.calibration.samples, dtype=np.int64) % 10
+    with_labels = replace(fashion, calibration=Relabelled(fashion.calibration, labels))
+    labelled = run(model, with_labels, Recover(steps=4, labels=0.5)).model.fingerprint
+    assert missing == plain
+    assert labelled != plain
+
+
+def test_shared_scales_move_together_and_fixed_ones_not(
+    tiny_model: Model, calibrated: Callable[..., PassContext]
+) -> None:
+    """Sites of one group keep one scale; the range that an operator defines stays."""
+    u8 = QuantSpec("u8")
+    names = {"features": "joint", "active": "joint", "pooled": "own", "row": "fixed"}
+    sites = {
+        name: Site(name, u8, group, fixed=(0.0, 4.0) if group == "fixed" else None)
+        for name, group in names.items()
+    }
+    readers = {"features": ("relu",), "active": ("pool",), "pooled": ("flat",), "row": ("dense",)}
+    ranges = Ranges({name: Range(-1.0, 3.0, -1.0, 3.0) for name in names}, "minmax", 4, "")
+    given = tiny_model.with_fact(Plan({}, "")).with_fact(Placement(sites, readers, {}))
+    model = (
+        Pipeline.parse("insert-fake-quant")
+        .run(given.with_fact(ranges), calibrated(tiny_model))
+        .model
+    )
+    student = Trainable.of(model).student(["x"], ["y"], {}, vectors=True, activations=True)
+    assert set(student.activations.values()) == {"joint", "own"}
+    assert {"row_quant_scale"}.isdisjoint(student.activations)
+    assert list(student.factors) == ["joint", "own"]
+    with torch.no_grad():
+        student.factors["joint"].fill_(0.5)
+    moved = student.initializers()
+    for name in ("features_quant_scale", "active_quant_scale"):
+        before = model.graph.initializers[name].const_value
+        assert before is not None
+        expected = before.numpy() * np.exp(np.float32(0.5))
+        np.testing.assert_allclose(moved[name], expected, rtol=_UP_TO_ORDER_OF_SUMS)
