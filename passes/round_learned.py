@@ -67,6 +67,9 @@ class RoundLearned(Pass):
             why = "no calibration data" if ctx.calibration is None else "no quantized weights"
             ctx.remark("note", "", f"{why}: nothing is learned")
             return model
+        from octavo.ir.torch_needed import need_torch
+
+        need_torch(self.name)
         found = self._blocks(trainable)
         feeds = self._feeds(model, ctx, [block for block, _ in found])
         from octavo.ir.torch_losses import one_thread
