@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Literal, final
 
 import numpy as np
 
@@ -13,6 +13,8 @@ from octavo.ir.facts import Fact
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+RoundingMethod = Literal["nearest", "clip", "gptq"]
 
 
 @final
@@ -47,6 +49,14 @@ class Moments(Fact):
     def of(self, node: str, index: int) -> Moment | None:
         """The moment of what the weight in input `index` of a node multiplies."""
         return self.by_weight.get(weight_key(node, index))
+
+
+@final
+@dataclass(frozen=True)
+class WeightRounding(Fact):
+    """How weights are rounded while a plan is sought, so that damage is that of the final ones."""
+
+    method: RoundingMethod
 
 
 def weight_key(node: str, index: int) -> str:

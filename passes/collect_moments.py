@@ -73,7 +73,7 @@ class CollectMoments(Pass):
             return model.with_fact(Moments({}))
         reference = model.find(Reference)
         source = reference.model if reference is not None else model
-        wanted = _quantized(model) or _quantizable(model, ctx)
+        wanted = _quantized(model) or quantizable(model, ctx)
         moments = collected(source, ctx, wanted, ctx.calibration, self.rows, self.samples)
         ctx.count("moments", len({id(m) for m in moments.by_weight.values()}))
         ctx.count("weights", len(moments.by_weight))
@@ -239,7 +239,7 @@ def _quantized(model: Model) -> list[tuple[str, int]]:
     return [(node.name or "", index) for node, index in readers]
 
 
-def _quantizable(model: Model, ctx: PassContext) -> list[tuple[str, int]]:
+def quantizable(model: Model, ctx: PassContext) -> list[tuple[str, int]]:
     """The weights that the target could store in fewer bits."""
     rows = ((node, ctx.target.support(node, "storage").row) for node in model.graph)
     return [(n.name or "", index) for n, row in rows if row is not None for index in row.weights]

@@ -12,6 +12,7 @@ from octavo.ir.cache import cache_key
 from octavo.ir.facts import Ranges
 from octavo.ir.menu import Damage, Menu, Sensitivity
 from octavo.ir.versions import versions
+from octavo.passes.rounding import rounding_of
 
 if TYPE_CHECKING:
     from octavo.ir.calibration import Batches
@@ -79,7 +80,7 @@ def _key(
         ctx.target.name,
         ranges.calibration_sha256 + ranges.method if ranges is not None else "",
         batches.sha256,
-        f"{limit} {metric} {ctx.seed}",
+        f"{limit} {metric} {ctx.seed} {rounding_of(model)}",
         repr(sorted(versions().items())),
     )
 

@@ -24,6 +24,7 @@ from octavo.passes.activation_rounding import ActivationRounding
 from octavo.passes.chains import static_values
 from octavo.passes.offered_rounding import OfferedRounding, Trial, offered_roundings, static_trial
 from octavo.passes.output_damage import OutputDamage, summary
+from octavo.passes.rounding import rounding_of
 from octavo.passes.suffix import Flow, Suffix
 
 if TYPE_CHECKING:
@@ -121,7 +122,14 @@ class _Study:
         roundings = offered_roundings(model, ctx.target, activations)
         ranges = model.find(Ranges)
         calibration = ranges.calibration_sha256 + ranges.method if ranges is not None else ""
-        parts = (model.fingerprint, batches.sha256, str(limit), damage.text, calibration)
+        parts = (
+            model.fingerprint,
+            batches.sha256,
+            str(limit),
+            damage.text,
+            calibration,
+            rounding_of(model),
+        )
         digest = cache_key("damage", *parts, repr(sorted(versions().items())))
         return _Study(model, ctx, damage, feeds, references, roundings, activations, digest)
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, final
 from octavo.ir.constants import constant_behind
 from octavo.ir.mapped import reading
 from octavo.ir.menu import Damage, Menu
-from octavo.ir.quant import PerBlock, round_weight
+from octavo.ir.quant import PerBlock
+from octavo.passes.rounding import nearest, rounder_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from octavo.ir.quant import QuantSpec
     from octavo.ir.target import Target
     from octavo.passes.activation_rounding import ActivationRounding
+    from octavo.passes.rounding import Rounder
 
     Array = NDArray[np.generic]
     Values = dict[str, Array]
@@ -53,13 +55,14 @@ def static_trial(name: str, found: Range, activations: ActivationRounding) -> Tr
 @final
 @dataclass(frozen=True)
 class OfferedRounding:
-    """A group's nodes with their offers, and how activations are rounded."""
+    """A group's nodes with their offers, and how activations and weights are rounded."""
 
     nodes: Sequence[onnx_ir.Node]
     offers: Sequence[Offer]
     target: Target
     activations: ActivationRounding
     group: str
+    rounder: Rounder = nearest
 
     @cached_property
     def operands(self) -> list[onnx_ir.Value]:
@@ -93,10 +96,10 @@ class OfferedRounding:
         """The weights of the nodes as an offer rounds them, by the value that is read."""
         specs = _specs(offer)
         return {
-            value.name or "": _rounded(value, specs[node.name or ""])
+            value.name or "": self._rounded(node, index, value, specs[node.name or ""])
             for node in self.nodes
             if (node.name or "") in specs
-            for value in self.weights(node)
+            for index, value in self._indexed(node)
         }
 
     def _damage(self, offer: Offer, found: Mapping[str, Damage]) -> Damage:
@@ -110,9 +113,21 @@ class OfferedRounding:
 
     def weights(self, node: onnx_ir.Node) -> list[onnx_ir.Value]:
         """The weights of a node as it reads them."""
+        return [value for _, value in self._indexed(node)]
+
+    def _indexed(self, node: onnx_ir.Node) -> list[tuple[int, onnx_ir.Value]]:
+        """The weights of a node with the index of their input."""
         row = self.target.support(node, "storage").row
-        values = [node.inputs[index] for index in row.weights] if row is not None else []
-        return [value for value in values if value is not None]
+        found = [(index, node.inputs[index]) for index in row.weights] if row is not None else []
+        return [(index, value) for index, value in found if value is not None]
+
+    def _rounded(
+        self, node: onnx_ir.Node, index: int, value: onnx_ir.Value, spec: QuantSpec
+    ) -> Array:
+        tensor = constant_behind(value)
+        assert tensor is not None
+        turned = _turned(value)
+        return reading(tensor, lambda a: self.rounder(node, index, a.T if turned else a, spec))
 
     def _weights_key(self, specs: Mapping[str, QuantSpec]) -> str:
         # The text of a spec leaves out how many of its bits are used.
@@ -141,10 +156,10 @@ def offered_roundings(
 ) -> dict[str, OfferedRounding]:
     """One for every group of the model's menu, by name, in topological order."""
     nodes = {node.name or "": node for node in model.graph}
-    menu = model.fact(Menu)
+    menu, rounder = model.fact(Menu), rounder_of(model)
     return {
         name: OfferedRounding(
-            [nodes[n] for n in group.nodes], menu.offers[name], target, activations, name
+            [nodes[n] for n in group.nodes], menu.offers[name], target, activations, name, rounder
         )
         for name, group in menu.groups.items()
     }
@@ -175,11 +190,3 @@ def _array(value: onnx_ir.Value) -> Array:
     assert tensor is not None
     array: Array = tensor.numpy()
     return array.T if _turned(value) else array
-
-
-def _rounded(value: onnx_ir.Value, spec: QuantSpec) -> Array:
-    tensor = constant_behind(value)
-    assert tensor is not None
-    if _turned(value):
-        return reading(tensor, lambda array: round_weight(array.T, spec))
-    return reading(tensor, lambda array: round_weight(array, spec))

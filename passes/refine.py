@@ -22,6 +22,7 @@ from octavo.passes.output_damage import Metric, OutputDamage, summary
 from octavo.passes.planning import Planning
 from octavo.passes.programme import keeps
 from octavo.passes.rounded_model import RoundedModel
+from octavo.passes.rounding import rounding_of
 from octavo.passes.spec import format_pass
 from octavo.passes.starts import starts
 from octavo.passes.swaps import swapped
@@ -113,7 +114,7 @@ class Refine(Pass):
         parts = (
             model.fingerprint, batches.sha256, format_pass(self), repr(sorted(levels.items())),
             repr(sorted(names_of(menu, start).items())), repr(sorted(solution.limits.items())),
-            repr(sorted(versions().items())),
+            repr(sorted(versions().items())), rounding_of(model),
         )  # fmt: skip
         return cache_key("refine", *parts)
 

@@ -20,6 +20,7 @@ from octavo.passes.insert_fake_quant import InsertFakeQuant
 from octavo.passes.offered_rounding import OfferedRounding
 from octavo.passes.output_damage import output_names
 from octavo.passes.place_quantizers import PlaceQuantizers
+from octavo.passes.rounding import rounder_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,7 +55,7 @@ class RoundedModel:
         roundings = {
             name: OfferedRounding(
                 [nodes[n] for n in menu.groups[name].nodes],
-                menu.offers[name], ctx.target, activations, name,
+                menu.offers[name], ctx.target, activations, name, rounder_of(model),
             )
             for name in groups
         }  # fmt: skip

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, final
 from octavo.ir.errors import UsageError
 from octavo.ir.facts import Fact
 from octavo.ir.menu import Menu, Sensitivity
+from octavo.ir.moments import RoundingMethod
 from octavo.passes.base import Pass
 from octavo.passes.estimators import estimator
 from octavo.passes.output_damage import Metric
+from octavo.passes.rounding import with_rounding
 
 if TYPE_CHECKING:
     from octavo.ir.calibration import Batches
@@ -29,6 +31,7 @@ class AnalyseSensitivity(Pass):
     output, or the weights alone. `auto` is `measured` where that takes no more than
     `measurable-macs` multiply-accumulates, and `scaled-error` beyond.
     **Why.** Layers differ by orders of magnitude in what their rounding does to the outputs.
+    `rounding` is how offers round weights here and in `refine`: as they are rounded in the end.
     **When it does not apply.** No calibration data: random numbers are used, and a note says so.
     **Cost and accuracy.** Changes nothing by itself. Every damage comes with its standard error
     over samples; damages of several groups are assumed to add, which `refine` checks.
@@ -44,6 +47,7 @@ class AnalyseSensitivity(Pass):
     metric: Metric = "auto"
     # About ten minutes on two cores.
     measurable_macs: float = 5e13
+    rounding: RoundingMethod = "nearest"
 
     def run(self, model: Model, ctx: PassContext) -> Model:
         batches = ctx.calibration or ctx.stand_in
@@ -52,6 +56,7 @@ class AnalyseSensitivity(Pass):
             raise UsageError(message, hint="give --calibration")
         if ctx.calibration is None:
             ctx.remark("note", "", "no calibration data: damage is estimated on random numbers")
+        model = with_rounding(model, ctx, self.rounding)
         find = estimator(self._chosen(model, ctx, batches))
         found = find(model, ctx, batches, self.samples, self.metric)
         ctx.count("samples", found.samples)
