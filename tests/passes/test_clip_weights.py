@@ -195,7 +195,7 @@ def test_the_graph_computes_with_the_chosen_range(
     (fake,) = (node for node in after.model.graph if node.domain == "octavo")
     np.testing.assert_array_equal(params_of(fake).scale, truth.scale)
     x = np.eye(6, dtype=np.float32)[:3]
-    actual = pass_context.evaluator.run(after.model, {"x": x})["y"]
+    actual = np.asarray(pass_context.evaluator.run(after.model, {"x": x})["y"], np.float32)
     expected = dequantize(quantize(weight, truth), truth)[:3]
     np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=0)
     (remark,) = after.records[0].remarks

@@ -176,8 +176,8 @@ def test_the_lowered_file_computes_what_the_graph_does(ctx: PassContext, tmp_pat
     evaluator = OrtEvaluator(threads=1)
     assert ctx.calibration is not None
     feed = next(iter(ctx.calibration))
-    expected = ctx.evaluator.run(after.model, feed)["y"]
-    actual = evaluator.run(read(str(artifact.path)), feed)["y"]
+    expected = np.asarray(ctx.evaluator.run(after.model, feed)["y"], np.float32)
+    actual = np.asarray(evaluator.run(read(str(artifact.path)), feed)["y"], np.float32)
     bound = RELATIVE * float(np.abs(expected).max())
     np.testing.assert_allclose(actual, expected, rtol=0, atol=bound)
 
@@ -227,9 +227,9 @@ def test_a_layer_gives_ratio_times_y_plus_shift(
     spec = QuantSpec("s3", granularity, symmetric=True)
     before = planned(model, {"one": spec}, pass_context)
     rng = np.random.default_rng(0)
-    feed = {v.name or "": np.asarray(rng.standard_normal(v.shape), np.float32)
-            for v in before.graph.inputs}  # fmt: skip
-    given = pass_context.evaluator.run(before, feed)["y"]
+    sizes = {"x": (2, 4, 5, 5), "m": (3, 4)}
+    feed = {n: np.asarray(rng.standard_normal(s), np.float32) for n, s in sizes.items()}
+    given = np.asarray(pass_context.evaluator.run(before, feed)["y"], np.float32)
     ratio, shift = rng.uniform(0.5, 2, 6), rng.standard_normal(6)
     after = before.clone()
     layer = next(a for a in map(AffineLayer.of, after.graph) if a is not None)
@@ -237,7 +237,7 @@ def test_a_layer_gives_ratio_times_y_plus_shift(
     layer.transform(Rewrite(after, pass_context), ratio, shift)
     along = [-1 if k == layer.axis % given.ndim else 1 for k in range(given.ndim)]
     expected = given * ratio.reshape(along) + shift.reshape(along)
-    actual = pass_context.evaluator.run(after, feed)["y"]
+    actual = np.asarray(pass_context.evaluator.run(after, feed)["y"], np.float32)
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
