@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, final
 
 import numpy as np
@@ -66,10 +67,17 @@ def codes_of(real: Float32, scale: Float32, zero: Float32, spec: QuantSpec) -> F
     """The nearest codes, as floats, where scale and zero point broadcast."""
     if spec.binary:
         return np.where(real < 0, np.float32(-1), np.float32(1))
-    codes = np.divide(real, scale)
+    return _codes(real, scale, zero, np.float32(spec.qmin), np.float32(spec.qmax))
+
+
+def _codes(
+    real: Float32, scale: Float32, zero: Float32, low: np.float32, high: np.float32
+) -> Float32:
+    codes: Float32 = np.divide(real, scale)
     np.rint(codes, out=codes)
     codes += zero
-    np.clip(codes, spec.qmin, spec.qmax, out=codes)
+    np.maximum(codes, low, out=codes)
+    np.minimum(codes, high, out=codes)
     return codes
 
 
@@ -136,6 +144,11 @@ def gptq(weight: Float32, factor: Factor, grid: RowGrid) -> Float32:
     )
     error, codes = np.empty_like(real), np.empty_like(real)
     block = grid.cells.block[order]
+    if grid.spec.binary:
+        rounding = partial(codes_of, spec=grid.spec)
+    else:
+        low, high = np.float32(grid.spec.qmin), np.float32(grid.spec.qmax)
+        rounding = partial(_codes, low=low, high=high)
     for start in range(0, width, _BLOCK):
         stop = min(start + _BLOCK, width)
         unit = factor.unit[:, :stop, start:stop]
@@ -148,7 +161,7 @@ def gptq(weight: Float32, factor: Factor, grid: RowGrid) -> Float32:
             at = start + k
             if k:
                 target[:, k] += np.matmul(own[:, k, None, :k], error[:, start:at])[:, 0]
-            codes[:, at] = codes_of(target[:, k], scale[:, k], zero[:, k], grid.spec)
+            codes[:, at] = rounding(target[:, k], scale[:, k], zero[:, k])
             error[:, at] = real[:, at] - (codes[:, at] - zero[:, k]) * scale[:, k]
     back = np.empty((groups, rows, width), np.float32)
     np.put_along_axis(back, order[:, None, :], codes.transpose(0, 2, 1), axis=2)
