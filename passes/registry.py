@@ -17,6 +17,7 @@ from octavo.passes.insert_fake_quant import InsertFakeQuant
 from octavo.passes.match_moments import MatchMoments
 from octavo.passes.offer_options import OfferOptions
 from octavo.passes.place_quantizers import PlaceQuantizers
+from octavo.passes.recover import Recover
 from octavo.passes.refine import Refine
 from octavo.passes.round_gptq import RoundGptq
 from octavo.passes.round_learned import RoundLearned
@@ -49,5 +50,6 @@ PASSES: Mapping[str, type[Pass]] = {
         RoundSquant,
         MatchMoments,
         CorrectBias,
+        Recover,
     )
 }
