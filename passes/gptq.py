@@ -181,11 +181,24 @@ def row_errors(error: Float32, second: Float32) -> Float64:
     return np.asarray(product.sum(axis=2, dtype=np.float64))
 
 
+def output_error(wanted: Float32, given: Float32 | None, second: Float32) -> float:
+    """`δ C δᵀ` over all rows of `wanted` minus `given` (`None`: zeros), a few rows at a time."""
+    groups, rows, width = wanted.shape
+    total = 0.0
+    for part in _slices(rows, groups * width):
+        own = wanted[:, part]
+        error = own if given is None else own - given[:, part]
+        total += float(row_errors(error, second).sum())
+    return total
+
+
 def row_parts(grid: RowGrid, width: int) -> Iterator[slice]:
     """Slices of rows that fit in memory together; all rows where they share scales."""
     groups, rows = grid.scale.shape[:2]
-    count = max(1, _ELEMENTS_AT_ONCE // max(1, groups * width))
-    if grid.shared:
-        count = max(rows, 1)
+    return iter([slice(0, rows)]) if grid.shared else _slices(rows, groups * width)
+
+
+def _slices(rows: int, weights_per_row: int) -> Iterator[slice]:
+    count = max(1, _ELEMENTS_AT_ONCE // max(1, weights_per_row))
     for start in range(0, rows, count):
         yield slice(start, start + count)

@@ -16,7 +16,7 @@ from octavo.ir.reference import Reference
 from octavo.passes.base import Pass
 from octavo.passes.clip_search import clipped_params
 from octavo.passes.collect_moments import collected
-from octavo.passes.gptq import row_errors
+from octavo.passes.gptq import output_error
 from octavo.passes.gptq_weight import GptqOptions, gptq_weight
 from octavo.passes.sequential_moments import Sighted, prefix_moments
 from octavo.passes.weight_matrix import WeightMatrix, why_no_matrix
@@ -122,9 +122,9 @@ class RoundGptq(Pass):
         target = sighted.target(matrix.rows(weight))
         options = GptqOptions(self.damping, self.act_order, self.refit, self.ranges)
         made = gptq_weight(weight, quantizer.params, matrix, second, options, target)
-        whole = float(row_errors(target, second).sum()) or 1.0
-        old = target - matrix.rows(quantizer.rounded())
-        before, after = float(row_errors(old, second).sum()) / whole, made.after / whole
+        whole = output_error(target, None, second) or 1.0
+        before = output_error(target, matrix.rows(quantizer.rounded()), second) / whole
+        after = made.after / whole
         if not after < before:
             ctx.remark("missed", name, "no rounding is better", before=before, after=after)
             return
