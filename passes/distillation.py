@@ -50,7 +50,7 @@ class Distillation:
         """
         from octavo.ir.torch_student import Rates
 
-        features = self._features() if self.options.features else ()
+        features = self.features() if self.options.features else ()
         student = self._student(features)
         train, check = (self._samples(student, Part(self.batches, k), features) for k in (0, 1))
         options = self.options
@@ -83,12 +83,24 @@ class Distillation:
         methods = dict.fromkeys(self.trainable.weights, method)
         return self.trainable.student(inputs, outputs, methods, vectors=True, activations=True)
 
-    def _features(self) -> tuple[str, ...]:
-        """Values between blocks."""
+    def features(self) -> tuple[str, ...]:
+        """Values between blocks, from the outputs back as far as memory allows."""
         reference = self.trainable.model.fact(Reference).model
         weights = {name for names in self.trainable.readers().values() for name in names}
         cut = blocks(reference, weights, self.trainable.rounded_nodes(), 1)
-        return tuple(n for block in cut for n in block.exits if n not in self.damage.kinds)
+        names = [n for block in cut for n in block.exits if n not in self.damage.kinds]
+        first, count = next(iter(self.batches)), sum(1 for _ in self.batches)
+        if not names:
+            return ()
+        run: Run = self.ctx.evaluator.load(extract(reference, (), names))
+        found = run({v.name or "": first[v.name or ""] for v in reference.graph.inputs})
+        left, kept = self.options.max_bytes / count, []
+        for name in reversed(names):
+            left -= found[name].nbytes
+            if left < 0:
+                break
+            kept.append(name)
+        return tuple(reversed(kept))
 
     def _samples(self, student: Student, part: Part, features: tuple[str, ...]) -> Samples:
         from octavo.ir.torch_distillation import LABELS

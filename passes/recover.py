@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, final
 
+from octavo.ir.budgets import parse_bytes
 from octavo.ir.errors import NotDifferentiable
 from octavo.ir.facts import Fact
 from octavo.ir.reference import Reference
@@ -26,8 +27,8 @@ class Recover(Pass):
     **What it does.** Trains the scales of weights and activations, biases and the gains and shifts
     of norms; with `weights=flexround` or `straight-through` the codes as well. The loss is KL of
     the classes, or the normalised error of other outputs, against the float model, and the error
-    of values between blocks with share `features`; labels are used where the data has them, with
-    share `labels`.
+    of values between blocks with share `features`, as many of them as fit into `max`. Labels are
+    used where the data has them, with share `labels`.
     **Why.** Passes before it look at one layer or block; only the outputs say what matters.
     **When it does not apply.** No calibration data, operators without gradients.
     **Cost and accuracy.** `steps` batches, about `seconds`. The best state on the held-out half is
@@ -50,6 +51,12 @@ class Recover(Pass):
     activations_rate: float = 0.002
     patience: int = 8
     metric: Metric = "auto"
+    max: str = "1GB"
+
+    @property
+    def max_bytes(self) -> float:
+        """Memory for the float model's values between blocks."""
+        return parse_bytes(self.max, "max", 0)
 
     def run(self, model: Model, ctx: PassContext) -> Model:
         reference, trainable = model.fact(Reference).model, Trainable.of(model)

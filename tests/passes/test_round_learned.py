@@ -16,6 +16,7 @@ from octavo.ir.quant import PerAxis, QuantSpec, dequantize, quantize
 from octavo.ir.read import read
 from octavo.ir.reference import Reference
 from octavo.models import shipped
+from octavo.passes.distillation import Distillation
 from octavo.passes.output_damage import OutputDamage
 from octavo.passes.pipeline import Pipeline
 from octavo.passes.recover import Recover
@@ -175,6 +176,23 @@ def test_labels_count_where_the_data_has_them(mobile: Model, fashion: PassContex
     labelled = run(model, with_labels, Recover(steps=4, labels=0.5)).model.fingerprint
     assert missing == plain
     assert labelled != plain
+
+
+def test_values_between_blocks_keep_to_the_memory(mobile: Model, fashion: PassContext) -> None:
+    """The deepest that fit are compared: 96 samples of `[128, 7, 7]` are 2.4 MB."""
+    assert fashion.calibration is not None
+    model = rounded(mobile, fashion, 3)
+    damage = OutputDamage.of(model)
+    found = {}
+    for limit in ("1kB", "3MB", "1GB"):
+        options = Recover(max=limit)
+        distillation = Distillation(
+            Trainable.of(model), fashion, fashion.calibration, damage, options
+        )
+        found[limit] = distillation.features()
+    assert not found["1kB"]
+    assert 0 < len(found["3MB"]) < len(found["1GB"])
+    assert found["1GB"][-len(found["3MB"]) :] == found["3MB"]
 
 
 def test_shared_scales_move_together_and_fixed_ones_not(
