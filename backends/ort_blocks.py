@@ -56,6 +56,20 @@ def blocked_matmul(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
     replace(graph, tail, "MatMulNBits", inputs, attributes, MICROSOFT, node.name)
 
 
+def portable_matmul(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
+    """A DequantizeLinear of blocks, which the runtime makes `MatMulNBits`, and others read."""
+    fake, _ = fake_behind(node.inputs[1])
+    params, name, granularity = params_of(fake), stem(fake), _granularity(fake)
+    codes = plain_codes(fake, params).astype(params.spec.onnx_type.numpy())
+    inputs = [
+        constant(graph, f"{name}_q", codes),
+        scale_of(graph, node, name, params.scale, params.spec),
+    ]
+    attributes = {"axis": granularity.axis, "block_size": granularity.size}
+    made = insert(graph, node, "DequantizeLinear", inputs, f"{name}_dq", attributes)
+    node.replace_input_with(1, made.outputs[0])
+
+
 def blocked_gather(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
     """`GatherBlockQuantized`: only the rows that are looked up are dequantized."""
     fake, _ = fake_behind(node.inputs[0])

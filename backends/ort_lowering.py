@@ -14,7 +14,7 @@ from octavo.backends.ort_packing import behind, halve_constant
 from octavo.backends.ort_target import MICROSOFT, ORT_CPU
 from octavo.ir.artifact import Artifact, PlannedNode
 from octavo.ir.errors import UsageError
-from octavo.ir.facts import Choice, HalfConstants, Placement, Plan
+from octavo.ir.facts import Choice, HalfConstants, Placement, Plan, Portable
 from octavo.ir.fake_quant import DOMAIN, OPTION, declare_functions
 from octavo.ir.levels import OP_TYPE
 from octavo.ir.model import PROVENANCE, Model
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import onnx_ir
 
     from octavo.ir.target import KernelRow
+
+    Form = Callable[[onnx_ir.Graph, onnx_ir.Node], None]
 
 
 def lower(model: Model, path: Path, target: str = ORT_CPU.name) -> Artifact:
@@ -70,7 +72,8 @@ def rewrite(own: Model) -> dict[str, str]:
             rewrites.quantize_activation(graph, fake)
             if fake.graph is graph:
                 graph.remove(fake, safe=True)
-    explicit = dict(_write_kernels(graph)) | dict(_move_pixels(graph))
+    portable = own.find(Portable) is not None
+    explicit = dict(_write_kernels(graph, portable)) | dict(_move_pixels(graph))
     for fake in fakes:
         if _is_constant(fake):
             _rewrite_constant(graph, fake)
@@ -82,15 +85,24 @@ def rewrite(own: Model) -> dict[str, str]:
     return explicit
 
 
-def _write_kernels(graph: onnx_ir.Graph) -> Iterator[tuple[str, str]]:
+def _write_kernels(graph: onnx_ir.Graph, portable: bool) -> Iterator[tuple[str, str]]:
     """Kernels that no fusion would find, written as the runtime's own operators."""
     for node in list(graph):
         form = _kernel_form(node)
+        if portable:
+            form = _portable_form(form)
         if form is not None:
             linear = form not in (rewrites.dynamic_lstm, blocks.blocked_gather)
             tail = rewrites.linear_tail(node)[0] if linear else node
             yield node.name or "", tail.outputs[0].name or ""
             form(graph, node)
+
+
+def _portable_form(form: Form | None) -> Form | None:
+    """The same in standard operators, whose fusion the runtime finds."""
+    if form is blocks.blocked_matmul:
+        return blocks.portable_matmul
+    return rewrites.portable_matmul if form is rewrites.static_matmul else None
 
 
 def _move_pixels(graph: onnx_ir.Graph) -> Iterator[tuple[str, str]]:
@@ -101,7 +113,7 @@ def _move_pixels(graph: onnx_ir.Graph) -> Iterator[tuple[str, str]]:
                 yield node.name or "", codes
 
 
-def _kernel_form(node: onnx_ir.Node) -> Callable[[onnx_ir.Graph, onnx_ir.Node], None] | None:
+def _kernel_form(node: onnx_ir.Node) -> Form | None:
     option = _method(node)
     if option == "dynamic":
         return rewrites.dynamic_lstm if node.op_type == "LSTM" else rewrites.dynamic_matmul

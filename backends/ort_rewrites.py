@@ -118,6 +118,39 @@ def static_matmul(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
     replace(graph, tail, "MatMulIntegerToFloat", inputs, domain=MICROSOFT, name=node.name)
 
 
+def portable_matmul(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
+    """A product with a float output as MatMul and Sub: with a float bias it would stay float.
+
+    The runtime makes a Gemm of MatMul and Add, but not of the negative bias.
+    """
+    tail, bias = linear_tail(node)
+    inputs = list(node.inputs[:2])
+    if node.op_type == "Gemm":
+        inputs[1] = _dequantized_columns(graph, node)
+    if bias is None:
+        replace(graph, node, "MatMul", inputs, name=node.name)
+        return
+    assert bias.const_value is not None
+    negative = constant(graph, f"{bias.name}_negative", -bias.const_value.numpy())
+    product = insert(graph, node, "MatMul", inputs, f"{tail.outputs[0].name}_product")
+    product.metadata_props.update(node.metadata_props)
+    label, product.name = product.name, node.name
+    name = label if tail is node else tail.name
+    replace(graph, tail, "Sub", [product.outputs[0], negative], name=name)
+    if tail is not node:
+        graph.remove(node, safe=True)
+
+
+def _dequantized_columns(graph: onnx_ir.Graph, node: onnx_ir.Node) -> onnx_ir.Value:
+    """The weight of a Gemm as `[K, N]` behind a DequantizeLinear."""
+    params = params_of(fake_behind(node.inputs[1])[0])
+    codes, scale = _columns(graph, node)
+    name = codes.name or ""
+    numbers = [codes, scale, _zero_point(graph, params, name)]
+    axis = {"axis": 1} if params.scale.size > 1 else {}
+    return insert(graph, node, "DequantizeLinear", numbers, f"{name}_dq", axis).outputs[0]
+
+
 def linear_tail(node: onnx_ir.Node) -> tuple[onnx_ir.Node, onnx_ir.Value | None]:
     """The node that ends `x·W + b`, and `b` where it is a constant vector."""
     if node.op_type == "Gemm":

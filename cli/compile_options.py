@@ -73,6 +73,12 @@ class CompileOptions:
             help="Share of rows whose arg-max dynamic kernels must keep without data.",
         ),
     ] = 0.6
+    portable: Annotated[
+        bool,
+        typer.Option(
+            "--portable", help="Only weights that OpenVINO and TensorRT execute too; plans."
+        ),
+    ] = False
 
     def request(self, planning: PlanOptions) -> Request:
         """The request that these options and the budgets make."""
@@ -89,6 +95,7 @@ class CompileOptions:
             measure=self.measure,
             max_recurrent_error=self.max_recurrent_error,
             min_agreement=self.min_agreement,
+            portable=self.portable,
         )
         budgets: dict[str, Any] = planning.request
         return replace(request, **budgets)

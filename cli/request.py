@@ -19,6 +19,7 @@ class Request:
     `shapes` and `threads` say what latency is measured with. `max_recurrent_error` bounds the
     relative output error that a dynamic LSTM kernel may add; below `min_agreement`, the share of
     rows with the same arg-max, dynamic kernels without data give way to weight-only ones.
+    `portable` leaves only weights that OpenVINO and TensorRT execute too.
 
     `size`, `latency`, `memory` and `bops` are budgets as text, `max_damage` bounds the predicted
     output damage and makes `objective` (size or latency) what is minimised. `max_drop` asks for
@@ -36,6 +37,7 @@ class Request:
     measure: bool = True
     max_recurrent_error: float = 0.02
     min_agreement: float = 0.6
+    portable: bool = False
     objective: str = "damage"
     size: str = ""
     latency: str = ""
@@ -56,7 +58,7 @@ class Request:
         """Whether something is asked for that only a plan answers."""
         budgets = (self.size, self.latency, self.memory, self.bops, self.max_drop)
         numbers = self.max_damage is not None or self.pareto > 0 or self.top_k > 1
-        return any(budgets) or numbers or self.objective != "damage"
+        return any(budgets) or numbers or self.objective != "damage" or self.portable
 
     @property
     def budgets(self) -> dict[str, str | float]:

@@ -18,6 +18,9 @@ def pipeline_of(request: Request, calibrated: bool) -> Pipeline:
     is_text = name in PASSES or any(mark in name for mark in ",{")
     pipeline = Pipeline.parse(name if is_text else preset(name))
     allocates = any(p.name == Allocate.name for p in pipeline.passes)
+    if request.portable and not allocates:
+        message = f"portable weights need a pipeline that allocates, '{name}' does not"
+        raise UsageError(message, hint="leave the pipeline out, or use the preset mixed")
     if request.planned and not allocates:
         message = f"budgets need a pipeline that allocates, '{name}' does not"
         raise UsageError(message, hint="leave the pipeline out, or use the preset mixed")
@@ -45,6 +48,7 @@ def _configured(pipeline: Pipeline, request: Request) -> Pipeline:
             "objective": "objective", "memory": "memory", "bops": "bops",
             "max_damage": "max_damage", "top_k": "top_k", "pareto": "pareto",
         },
+        "offer-options": {"portable": "portable"},
         "sensitivity": {"estimator": "estimator"},
         "refine": {"seconds": "refine_seconds"},
     }  # fmt: skip

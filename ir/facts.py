@@ -166,6 +166,12 @@ class HalfConstants(Fact):
 
 @final
 @dataclass(frozen=True)
+class Portable(Fact):
+    """Weights are written as standard operators that other runtimes execute too."""
+
+
+@final
+@dataclass(frozen=True)
 class QuantizedInput(Fact):
     """Parameters found in a model that already carried Q/DQ, by the name of the float value."""
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, final
 import numpy as np
 
 from octavo.ir.constants import constant_behind
-from octavo.ir.facts import FLOAT, Fact, Option
+from octavo.ir.errors import UsageError
+from octavo.ir.facts import FLOAT, Fact, Option, Portable
 from octavo.ir.mapped import reading
 from octavo.ir.menu import Group, Menu, Offer
 from octavo.ir.option_bytes import each_weight_bytes, scale_count
@@ -43,6 +44,7 @@ _LEAST_SCALES = 64
 # A weight is scaled by at most this part of its largest magnitude; float16 below is subnormal.
 _LEAST_MAGNITUDE = 127 * 2.0**-14
 _CODE_BITS = 8
+_PORTABLE_BITS = (8, 4)
 
 
 @final
@@ -56,7 +58,10 @@ class OfferOptions(Pass):
     weights that an integer kernel exists for are offered that kernel.
     **Why.** `allocate` chooses among offers and knows nothing of kernels.
     **When it does not apply.** An option without a row in the target's table, without calibrated
-    ranges (static), or on a node that `keep_float` names is not offered.
+    ranges (static), or on a node that `keep_float` names is not offered. `portable` leaves what
+    OpenVINO and TensorRT execute too: float16, int8 weights of static kernels, and 8- or 4-bit
+    blocks of MatMul as DequantizeLinear; TensorRT wants signed activations besides
+    (`place-quantizers{dtype=s8}`).
     **Cost and accuracy.** Changes nothing by itself.
     """
 
@@ -73,6 +78,7 @@ class OfferOptions(Pass):
     recurrent: bool = True
     float16: bool = True
     half_scales: bool = True
+    portable: bool = False
     keep_float: tuple[str, ...] = ()
     ties: tuple[Tie, ...] = ()
 
@@ -83,6 +89,10 @@ class OfferOptions(Pass):
         return tuple(Statistic("range", name) for name in static_values(model, ctx.target))
 
     def run(self, model: Model, ctx: PassContext) -> Model:
+        if self.portable and not set(_PORTABLE_BITS) & set(self.bits):
+            widths = ", ".join(map(str, self.bits))
+            message = f"no portable weight has {widths} bits"
+            raise UsageError(message, where=self.name, hint="bits=8;4, or portable=false")
         kept = select(model, self.keep_float)
         chains = static_chains(model, ctx, kept) if self.static else {}
         weighted = find_groups(model, ctx.target, self.ties)
@@ -102,7 +112,8 @@ class OfferOptions(Pass):
         ctx.count("offers", sum(map(len, offers.values())))
         known = {name: groups[name] for name in offers}
         fixed = fixed_bytes(model, (n for g in weighted.values() for n in g.nodes), ctx.target)
-        return model.with_fact(Menu(known, offers, fixed, ctx.cost.source))
+        found = model.with_fact(Menu(known, offers, fixed, ctx.cost.source))
+        return found.with_fact(Portable()) if self.portable else found
 
 
 @dataclass(frozen=True)
@@ -121,9 +132,26 @@ class _Maker:
         seen: set[str] = set()
         for options in self._choices(group):
             offer = self._offer(options)
-            if offer is not None and offer.name not in seen:
+            if offer is None or (self.request.portable and not self._is_portable(options)):
+                continue
+            if offer.name not in seen:
                 seen.add(offer.name)
                 yield offer
+
+    def _is_portable(self, options: Mapping[str, Option]) -> bool:
+        """Whether OpenVINO and TensorRT execute what lowering writes for the options."""
+        for name, option in options.items():
+            spec = option.weight
+            if option == FLOAT or spec is None or spec.half:
+                continue
+            if option.method == "static" and spec.bits == _CODE_BITS:
+                continue
+            node = self.nodes[name]
+            if option.method != "weight-only" or node.op_type != "MatMul":
+                return False
+            if spec.bits not in _PORTABLE_BITS or not _fills_blocks(node.inputs[1], spec):
+                return False
+        return True
 
     def _choices(self, group: Group) -> Iterator[Mapping[str, Option]]:
         yield dict.fromkeys(group.nodes, FLOAT)
@@ -144,6 +172,10 @@ class _Maker:
             yield ("storage", _HALF_BITS, 0)
         for method in (name for name, wanted in allowed.items() if wanted):
             yield from ((method, bits, 0) for bits in request.bits)
+        if request.storage:
+            # Blocks of weights that are unpacked: nothing else reads those of recurrent nodes.
+            narrow = [bits for bits in request.bits if bits < _WIDE_BITS]
+            yield from (("storage", bits, size) for bits in narrow for size in request.blocks)
         for bits in request.bits if request.weight_only else ():
             sizes = request.blocks if bits < _WIDE_BITS else request.blocks[-1:]
             yield from (("weight-only", bits, size) for size in sizes)
@@ -173,6 +205,8 @@ class _Maker:
         if method == "static" and node.name not in self.chains:
             return None
         if node.op_type in _RECURRENT and method == "dynamic" and not self.request.recurrent:
+            return None
+        if size and method == "storage" and not _has_blocks(node, size):
             return None
         row = self.ctx.target.support(node, method).row
         if row is None:
@@ -260,6 +294,23 @@ class _Maker:
                 total += found.read + (0 if key in counted else found.stored)
                 counted.add(key)
         return total
+
+
+def _has_blocks(node: onnx_ir.Node, size: int) -> bool:
+    """Whether all rows of a recurrent node's weights are several whole blocks."""
+    if node.op_type not in _RECURRENT:
+        return False
+    shapes = [value.shape.numpy() for value in node.inputs[1:3] if value and value.shape]
+    return all(shape[2] > size and shape[2] % size == 0 for shape in shapes)
+
+
+def _fills_blocks(value: onnx_ir.Value | None, spec: QuantSpec) -> bool:
+    """Whether a constant that is read as it is consists of whole blocks."""
+    tensor = value.const_value if value is not None else None
+    blocks = spec.granularity
+    if tensor is None or not isinstance(blocks, PerBlock):
+        return False
+    return tensor.shape.numpy()[blocks.axis] % blocks.size == 0
 
 
 def _kept(group: Group, kept: Mapping[str, str]) -> Group:

@@ -55,6 +55,7 @@ def compile(  # noqa: A001  (the public verb; nothing here needs the builtin)
     measure: bool = True,
     max_recurrent_error: float = 0.02,
     min_agreement: float = 0.6,
+    portable: bool = False,
     cache: Cache | None = None,
     minimise: Literal["damage", "size", "latency"] = "damage",
     **budgets: Unpack[Budgets],
@@ -65,7 +66,8 @@ def compile(  # noqa: A001  (the public verb; nothing here needs the builtin)
     (`.npz`, folder), a mapping of arrays whose first axis counts samples, or an iterable of
     feeds. `pipeline` is a preset or a pipeline text, empty for the preset the data allows.
     `shapes` gives input shapes to measure latency with; `max_recurrent_error` and `min_agreement`
-    bound what dynamic kernels may change (see `Request`).
+    bound what dynamic kernels may change, `portable` leaves only weights that OpenVINO and
+    TensorRT execute too (see `Request`).
 
     With `budgets` (see `Budgets`) or goals one plan decides for the whole graph, and `minimise` is
     what it makes least; what a goal misses is in `Compiled.missed`. Raises OctavoError,
@@ -87,6 +89,7 @@ def compile(  # noqa: A001  (the public verb; nothing here needs the builtin)
         measure=measure,
         max_recurrent_error=max_recurrent_error,
         min_agreement=min_agreement,
+        portable=portable,
         objective=minimise,
         **budgets,
     )

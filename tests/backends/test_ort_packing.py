@@ -19,7 +19,7 @@ from octavo.backends.ort_audit import audit
 from octavo.backends.ort_lowering import lower
 from octavo.backends.ort_session import make_session
 from octavo.ir.errors import UsageError
-from octavo.ir.facts import Choice, Method, Option, Plan, Range, Ranges
+from octavo.ir.facts import Choice, Method, Option, Plan, Portable, Range, Ranges
 from octavo.ir.model import Model
 from octavo.ir.quant import (
     Granularity,
@@ -296,6 +296,52 @@ def test_a_tied_weight_is_stored_once(
     assert len(kept) == (2 if dtype == "s3" else 1)
     found_audit = audit(artifact, feed)
     assert found_audit.ok, (found_audit.findings, found_audit.rows)
+
+
+@pytest.mark.parametrize("half_scales", [False, True], ids=["", "half"])
+@pytest.mark.parametrize("dtype", ["s8", "s4"])
+def test_portable_blocks_are_a_standard_operator_that_fuses(
+    dtype: QuantType, half_scales: bool, tmp_path: Path, pass_context: PassContext,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setitem(CASES, "MatMul", BLOCKED["MatMul"][0])
+    spec = QuantSpec(dtype, PerBlock(0, 32), symmetric=True, half_scales=half_scales)
+    case = CASES["MatMul"]
+    model = read(_proto(case, _arrays(case))).with_fact(Portable())
+    planned = _planned(model, Option("weight-only", spec), pass_context)
+    artifact = lower(planned, tmp_path / "m.onnx")
+    graph = onnx.load(artifact.path).graph
+    assert {node.domain for node in graph.node} == {""}
+    stored = {t.name: t.data_type for t in graph.initializer}
+    assert stored["w_q"] == (onnx.TensorProto.INT8 if dtype == "s8" else onnx.TensorProto.INT4)
+    feed = _feed("MatMul", case)
+    assert _distance(_run(artifact.path, feed), _truth("MatMul", spec)) <= _LIMITS["dynamic"]
+    found = audit(artifact, feed)
+    assert found.ok, (found.findings, found.rows)
+    assert set(found.kernels) == {"com.microsoft::MatMulNBits"}
+
+
+@pytest.mark.parametrize("name", ["MatMul", "Gemm", "GemmT"])
+def test_portable_integers_fuse_in_front_of_a_float_output(
+    name: str, tmp_path: Path, pass_context: PassContext
+) -> None:
+    case = CASES[name]
+    option = Option("static", QuantSpec("s8", _granularity(name), symmetric=True))
+    tail = " [exp] z = Exp (y)"
+    proto = onnx.parser.parse_model(
+        f"{_HEADER} {case.signature.replace(' y)', ' z)')} {{ {case.body}{tail} }}"
+    )
+    for key, array in _arrays(case).items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, key))
+    planned = _planned(read(proto).with_fact(Portable()), option, pass_context)
+    artifact = lower(planned, tmp_path / "m.onnx")
+    assert {node.domain for node in onnx.load(artifact.path).graph.node} == {""}
+    feed = _feed(name, case)
+    found = make_session(artifact.path, threads=1).run(feed)["z"]
+    literal = make_session(serialize(planned), threads=1, optimization="none").run(feed)["z"]
+    np.testing.assert_allclose(np.log(found), np.log(literal), rtol=0, atol=1e-4)
+    kernels = audit(artifact, feed)
+    assert kernels.ok, (kernels.findings, kernels.rows)
 
 
 def test_float16_storage_folds(tmp_path: Path, pass_context: PassContext) -> None:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx.parser
 import onnx_ir
+import pytest
 from onnx import numpy_helper
 
+from octavo.ir.errors import UsageError
 from octavo.ir.menu import Menu
 from octavo.ir.option_bytes import option_bytes
 from octavo.ir.quant import turned
@@ -161,6 +163,35 @@ def test_many_scales_are_stored_as_float16_where_that_is_as_good(
         specs = _weights(menu_of(scaled, pass_context, OfferOptions()).offers["q"])
         assert not any(s.half_scales for s in specs)
         assert any(s.half for s in specs) == (factor < 1)
+
+
+def test_recurrent_weights_are_offered_whole_blocks(pass_context: PassContext) -> None:
+    text = """lstm (float[3,1,64] x) => (float[3,1,1,64] y)
+        <float[1,256,64] w, float[1,256,64] r> {
+        [cell] y = LSTM <hidden_size : int = 64> (x, w, r) }"""
+    request = OfferOptions(bits=(8, 4), blocks=(32, 48, 64))
+    names = [o.name for o in menu_of(built(text), pass_context, request).offers["cell"]]
+    assert names == [
+        "float", "storage:f16/tensor", "dynamic:s8/block0@2", "dynamic:s4/block0@2",
+        "storage:s8/block0@2", "storage:s4/block0@2", "storage:s4/block32@2",
+    ]  # fmt: skip
+
+
+def test_portable_offers_are_what_other_runtimes_execute(calibrated: Calibrated) -> None:
+    model = built(QKV)
+    menu = menu_of(model, calibrated(model), OfferOptions(portable=True, blocks=(32, 48)))
+    assert [offer.name for offer in menu.offers["q"]] == [
+        "float", "storage:f16/tensor", "static:s8/axis1",
+        # 64 rows are no whole blocks of 48.
+        "weight-only:s4/block32@0",
+    ]  # fmt: skip
+    model = built(CONV)
+    menu = menu_of(model, calibrated(model), OfferOptions(portable=True))
+    assert [offer.name for offer in menu.offers["conv"]] == [
+        "float", "storage:f16/tensor", "static:s8/axis0",
+    ]  # fmt: skip
+    with pytest.raises(UsageError, match="no portable weight has 3, 2 bits"):
+        OfferOptions(portable=True, bits=(3, 2)).run(model, calibrated(model))
 
 
 def _weights(offers: tuple[Offer, ...]) -> list[QuantSpec]:
