@@ -44,7 +44,7 @@ class Distillation:
     options: Recover
 
     def run(self) -> None:
-        """Train, and write what was learned if the runtime agrees that it helps.
+        """Train, and write what was learned if torch finds it better on the held-out half.
 
         Raises NotDifferentiable.
         """

@@ -166,7 +166,7 @@ def test_nothing_is_learned_without_data(mobile: Model, pass_context: PassContex
 
 
 def test_labels_count_where_the_data_has_them(mobile: Model, fashion: PassContext) -> None:
-    """With labels alone the cross entropy of the training half falls."""
+    """They change what is learned; a share without labels changes nothing."""
     assert fashion.calibration is not None
     model = rounded(mobile, fashion, 3)
     plain = run(model, fashion, Recover(steps=4)).model.fingerprint
