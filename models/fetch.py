@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from octavo.ir.errors import OctavoError, UsageError
-from octavo.ir.torch_needed import need_torch
+from octavo.ir.needs_torch import need_torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from octavo.ir.errors import UnknownName
-from octavo.ir.torch_needed import need_torch
+from octavo.ir.needs_torch import need_torch
 from octavo.passes.block_importance import lim, zd
 from octavo.passes.estimate import Estimate, resumable
 from octavo.passes.fisher_damage import fisher, lampq

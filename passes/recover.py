@@ -65,7 +65,7 @@ class Recover(Pass):
             why = "no calibration data" if ctx.calibration is None else "no output of floats"
             ctx.remark("note", "", f"{why}: nothing is recovered")
             return model
-        from octavo.ir.torch_needed import need_torch
+        from octavo.ir.needs_torch import need_torch
 
         need_torch(self.name)
         distillation = Distillation(trainable, ctx, ctx.calibration, damage, self)

@@ -67,7 +67,7 @@ class RoundLearned(Pass):
             why = "no calibration data" if ctx.calibration is None else "no quantized weights"
             ctx.remark("note", "", f"{why}: nothing is learned")
             return model
-        from octavo.ir.torch_needed import need_torch
+        from octavo.ir.needs_torch import need_torch
 
         need_torch(self.name)
         found = self._blocks(trainable)

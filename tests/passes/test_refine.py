@@ -330,7 +330,7 @@ def test_a_least_plan_stays_as_small_as_it_was(planned: Model) -> None:
 def test_without_torch_the_search_begins_with_other_plans(
     planned: Model, ctx: PassContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("octavo.ir.torch_needed.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("octavo.ir.needs_torch.importlib.util.find_spec", lambda name: None)
     after = Pipeline((Refine(generations=0),)).run(planned, ctx)
     notes = [remark.text for remark in after.records[0].remarks if remark.kind == "note"]
     assert sum("needs torch" in text for text in notes) == 2
