@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
@@ -18,7 +18,7 @@ from octavo.ir.facts import Fact
 from octavo.ir.moments import Moment, Moments, weight_key
 from octavo.ir.reference import Reference
 from octavo.passes.base import Pass
-from octavo.passes.read_values import value_reader
+from octavo.passes.operand_walk import OperandWalk
 from octavo.passes.weight_matrix import WeightMatrix, operand, why_no_matrix
 from octavo.passes.weight_quantizers import weight_quantizers
 
@@ -35,10 +35,6 @@ if TYPE_CHECKING:
 # Columns per entry of a column that are enough, all samples together.
 _COLUMNS_PER_ENTRY = 32
 _LEAST_PER_SAMPLE = 32
-# Columns of several feeds wait together, so that sums on disk are read and written rarely.
-_WAITING_BYTES = 64 << 20
-# Sums of up to this size together stay in memory until all feeds are through.
-_KEPT_BYTES = 192 << 20
 # As many rows are summed in float32 before their sum joins the float64 one.
 _ROWS_AT_ONCE = 8192
 
@@ -56,8 +52,8 @@ class CollectMoments(Pass):
     **When it does not apply.** No calibration data: a note, and no moments. Embeddings multiply
     nothing.
     **Cost and accuracy.** One float inference and one product per layer. Of every sample at most
-    `rows` random columns count, and fewer where 32 columns per entry are reached without. Sums
-    are float64 and lie on disk, so memory is bounded.
+    `rows` random columns count, and fewer where 32 columns per entry are reached without. The
+    model runs from operand to operand: one of them and one float64 sum are in memory at a time.
     """
 
     name = "collect-moments"
@@ -94,19 +90,23 @@ def collected(
     names the node where an operand is not finite.
     """
     nodes = {node.name or "": node for node in model.graph}
-    wanted = [(nodes[name], index) for name, index in weights if name in nodes]
-    probes = _probes(ctx, wanted)
+    place = {v.name: at for at, node in enumerate(model.graph) for v in node.outputs}
+    probes = _probes(ctx, [(nodes[name], index) for name, index in weights if name in nodes])
+    probes.sort(key=lambda probe: place.get(probe.value, -1))
     folder = Path(tempfile.mkdtemp(prefix="moments-", dir=ctx.workdir))
-    kept = sum(probe.matrix.groups * probe.matrix.width**2 * 8 for probe in probes) <= _KEPT_BYTES
-    sums = [_Sum(probe, folder / f"{k}.npy", kept) for k, probe in enumerate(probes)]
-    if sums:
-        _sweep(model, ctx, batches, sums, (rows, samples))
+    feeds = tuple(first_samples(batches, samples))
+    walk = OperandWalk.of(model, ctx, feeds, [probe.value for probe in probes])
     found: dict[str, Moment] = {}
-    for total in sums:
-        if not total.samples:
-            ctx.remark("missed", total.probe.value, "the calibration data leaves it empty")
-            continue
-        found |= dict.fromkeys(total.probe.weights, total.moment())
+    for at, probe in enumerate(probes):
+        walk.reach(probe.value)
+        moment = _moment(probe, walk, rows, folder / f"{at}.npy")
+        if at + 1 == len(probes) or probes[at + 1].value != probe.value:
+            walk.leave(probe.value)
+        if moment is None:
+            ctx.remark("missed", probe.value, "the calibration data leaves it empty")
+        else:
+            found |= dict.fromkeys(probe.weights, moment)
+        ctx.progress("moments", at + 1, len(probes))
     return Moments(found)
 
 
@@ -133,104 +133,35 @@ def _probes(ctx: PassContext, weights: Iterable[tuple[onnx_ir.Node, int]]) -> li
     return list(by_columns.values())
 
 
-def _sweep(
-    model: Model,
-    ctx: PassContext,
-    batches: Batches,
-    sums: Sequence[_Sum],
-    limits: tuple[int, int],
-) -> None:
-    rows, samples = limits
-    read = value_reader(model, ctx.evaluator, (total.probe.value for total in sums))
-    count = max(1, min(samples, batches.samples))
-    waiting = done = 0
-    for seed, feed in enumerate(first_samples(batches, samples)):
-        found = read(feed)
-        for total in sums:
-            limit = enough_columns(total.probe.matrix.width, count, rows) * samples_of(feed)
-            waiting += total.add(found[total.probe.value], limit, seed)
-            if waiting > _WAITING_BYTES:
-                _settle(sums)
-                waiting = 0
-        done += samples_of(feed)
-        ctx.progress("moments", done, count)
-    _settle(sums)
-
-
 def enough_columns(width: int, samples: int, rows: int = 512) -> int:
     """Columns of length `width` to draw from each of some samples, at most `rows`."""
     enough = -(-_COLUMNS_PER_ENTRY * width // samples)
     return min(rows, max(_LEAST_PER_SAMPLE, enough))
 
 
-def _settle(sums: Iterable[_Sum]) -> None:
-    for total in sums:
-        total.settle()
-
-
-@final
-@dataclass
-class _Sum:
-    """Σ x·xᵀ, Σ x, and columns that are not in them yet; `kept` in memory or in a file."""
-
-    probe: _Probe
-    path: Path
-    kept: bool
-    total: NDArray[np.float64] | None = None
-    first: NDArray[np.float64] | None = None
-    samples: int = 0
-    waiting: list[NDArray[np.float32]] = field(default_factory=list)
-
-    def add(self, x: Array, limit: int, seed: int) -> int:
-        """Bytes of the columns of `x` that now wait."""
+def _moment(probe: _Probe, walk: OperandWalk, rows: int, path: Path) -> Moment | None:
+    """The moment of a value that the walk has reached, with C in a file."""
+    matrix, feeds = probe.matrix, walk.walk.feeds
+    second = np.zeros((matrix.groups, matrix.width, matrix.width))
+    first = np.zeros((matrix.groups, matrix.width))
+    count, total = sum(map(samples_of, feeds)), 0
+    for at, feed in enumerate(feeds):
+        x = walk.walk.read(at, probe.value)
         if not x.size:
-            return 0
+            continue
         if not math.isfinite(float(x.max()) + float(x.min())):
-            raise _not_finite(self.probe)
-        columns = self.probe.matrix.columns(x, limit, seed)
-        if not columns.size:
-            return 0
-        self.waiting.append(columns)
-        return columns.nbytes
-
-    def settle(self) -> None:
-        """Add what waits to the sums."""
-        if not self.waiting:
-            return
-        columns = np.concatenate(self.waiting, axis=1)
-        self.waiting.clear()
-        total = self._sum(columns)
-        for part in _parts(columns):
-            total += np.matmul(part.transpose(0, 2, 1), part)
-        if self.kept:
-            self.total = total
-        else:
-            np.save(self.path, total)
-        first = columns.sum(axis=1, dtype=np.float64)
-        self.first = first if self.first is None else self.first + first
-        self.samples += columns.shape[1]
-
-    def _sum(self, columns: NDArray[np.float32]) -> NDArray[np.float64]:
-        """The sum so far, zeros at first."""
-        if not self.samples:
-            groups, _, width = columns.shape
-            return np.zeros((groups, width, width))
-        read: NDArray[np.float64] = np.load(self.path) if self.total is None else self.total
-        return read
-
-    def moment(self) -> Moment:
-        """The moment of all columns, which now lies in the file in float32."""
-        assert self.first is not None
-        total = np.load(self.path) if self.total is None else self.total
-        np.save(self.path, (total / self.samples).astype(np.float32))
-        self.total = None
-        mean = (self.first / self.samples).astype(np.float32)
-        return Moment(StoredArray(self.path), mean, self.samples)
-
-
-def _parts(columns: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
-    for start in range(0, columns.shape[1], _ROWS_AT_ONCE):
-        yield columns[:, start : start + _ROWS_AT_ONCE]
+            raise _not_finite(probe)
+        limit = enough_columns(matrix.width, count, rows) * samples_of(feed)
+        columns = matrix.columns(x, limit, at)
+        for start in range(0, columns.shape[1], _ROWS_AT_ONCE):
+            part = columns[:, start : start + _ROWS_AT_ONCE]
+            second += np.matmul(part.transpose(0, 2, 1), part)
+        first += columns.sum(axis=1, dtype=np.float64)
+        total += columns.shape[1]
+    if not total:
+        return None
+    np.save(path, (second / total).astype(np.float32))
+    return Moment(StoredArray(path), (first / total).astype(np.float32), total)
 
 
 def _quantized(model: Model) -> list[tuple[str, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
@@ -11,17 +11,16 @@ import numpy as np
 from octavo.ir.calibration import first_samples, samples_of
 from octavo.ir.reference import Reference
 from octavo.passes.collect_moments import enough_columns
-from octavo.passes.layer_walk import Walk, segments
+from octavo.passes.operand_walk import OperandWalk
 from octavo.passes.weight_matrix import WeightMatrix, operand, why_no_matrix
 
 if TYPE_CHECKING:
     import onnx_ir
     from numpy.typing import NDArray
 
-    from octavo.ir.calibration import Batches, Feed
+    from octavo.ir.calibration import Batches
     from octavo.ir.model import Model
     from octavo.passes.base import PassContext
-    from octavo.passes.layer_walk import Segment
     from octavo.passes.weight_quantizers import WeightQuantizer
 
     Float32 = NDArray[np.float32]
@@ -77,13 +76,13 @@ def prefix_moments(
         return
     levels = _levels(reference.model, quantizers)
     feeds = tuple(first_samples(batches, samples))
-    rounded = _Prefix.of(model, ctx, feeds, [level.operand for level in levels])
-    source = _Prefix.of(reference.model, ctx, feeds, [level.source for level in levels])
+    rounded = OperandWalk.of(model, ctx, feeds, [level.operand for level in levels])
+    source = OperandWalk.of(reference.model, ctx, feeds, [level.source for level in levels])
     for at, level in enumerate(levels):
         rounded.reach(level.operand)
         source.reach(level.source)
         for quantizer in level.quantizers:
-            yield quantizer, _sighted(level, quantizer, rounded.walk, source.walk)
+            yield quantizer, _sighted(level, quantizer, rounded, source)
         rounded.leave(level.operand)
         if level.source not in {later.source for later in levels[at + 1 :]}:
             source.leave(level.source)
@@ -128,34 +127,9 @@ def _reader(quantizer: WeightQuantizer) -> onnx_ir.Node | None:
     return None
 
 
-@final
-@dataclass(frozen=True)
-class _Prefix:
-    """A model on its way from one operand to the next; graph inputs are known from the start."""
-
-    walk: Walk
-    by_value: Mapping[str, Segment]
-
-    @staticmethod
-    def of(model: Model, ctx: PassContext, feeds: Sequence[Feed], values: Iterable[str]) -> _Prefix:
-        made = {v.name or "": node for node in model.graph for v in node.outputs}
-        names = [name for name in dict.fromkeys(values) if name in made]
-        found = segments(model, [made[name] for name in names])
-        walk = Walk(model, ctx.evaluator, feeds, ctx.workdir)
-        return _Prefix(walk, dict(zip(names, found, strict=True)))
-
-    def reach(self, value: str) -> None:
-        """Compute an operand for every feed, unless it is there."""
-        if value in self.by_value:
-            self.walk.step(self.by_value[value])
-
-    def leave(self, value: str) -> None:
-        """Forget what nobody reads any more."""
-        if value in self.by_value:
-            self.walk.leave(self.by_value[value])
-
-
-def _sighted(level: _Level, quantizer: WeightQuantizer, rounded: Walk, source: Walk) -> Sighted:
+def _sighted(
+    level: _Level, quantizer: WeightQuantizer, rounded: OperandWalk, source: OperandWalk
+) -> Sighted:
     """C = Σ x·xᵀ/n and Σ (x_float - x)·xᵀ/n, of the same columns of both."""
     node = _reader(quantizer)
     assert node is not None
@@ -163,11 +137,11 @@ def _sighted(level: _Level, quantizer: WeightQuantizer, rounded: Walk, source: W
     matrix = WeightMatrix.of(node, index)
     shape = (matrix.groups, matrix.width, matrix.width)
     second, lost = np.zeros(shape), np.zeros(shape)
-    total, count = 0, sum(map(samples_of, rounded.feeds))
-    for at, feed in enumerate(rounded.feeds):
+    total, count = 0, sum(map(samples_of, rounded.walk.feeds))
+    for at, feed in enumerate(rounded.walk.feeds):
         limit = enough_columns(matrix.width, count) * samples_of(feed)
         ours, theirs = (
-            matrix.columns(walk.read(at, name), limit, at)
+            matrix.columns(walk.walk.read(at, name), limit, at)
             for walk, name in ((rounded, level.operand), (source, level.source))
         )
         second += np.matmul(ours.transpose(0, 2, 1), ours)

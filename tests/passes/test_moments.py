@@ -81,18 +81,12 @@ def assert_moment(moment: Moment | None, columns: NDArray[np.float64], groups: i
     assert moment.samples == len(columns)
 
 
-@pytest.mark.parametrize("waiting", [0, 1 << 26])
-@pytest.mark.parametrize("kept", [0, 1 << 26])
 def test_moments_of_every_operand(
     model: Model,
     calibrated: Callable[..., PassContext],
     monkeypatch: pytest.MonkeyPatch,
-    waiting: int,
-    kept: int,
 ) -> None:
-    """However often sums are settled, and wherever they lie."""
-    monkeypatch.setattr(collect_moments, "_WAITING_BYTES", waiting)
-    monkeypatch.setattr(collect_moments, "_KEPT_BYTES", kept)
+    """In however many parts columns are summed."""
     monkeypatch.setattr(collect_moments, "_ROWS_AT_ONCE", 7)
     ctx = calibrated(model)
     assert ctx.calibration is not None
@@ -161,3 +155,19 @@ def test_numbers_that_are_not_finite_name_the_node(
     with pytest.raises(CalibrationError, match="node 'one'") as caught:
         Pipeline.parse("collect-moments").run(model, replace(ctx, calibration=listed))
     assert "value 'x'" in str(caught.value)
+
+
+def test_outputs_of_one_node_are_read_apart(calibrated: Callable[..., PassContext]) -> None:
+    """A walk stops at nodes; here two operands come from one, and nothing reads them later."""
+    text = """<ir_version: 10, opset_import: ["" : 21]>
+    g (float[N,8] x) => (float[N,3] z) <
+        float[4,3] w = {1,2,3,4,5,6,7,8,9,1,2,3}, float[4,3] v = {1,2,3,4,5,6,7,8,9,1,2,3}> {
+        p, q = Split <axis = 1, num_outputs = 2> (x)
+        [one] a = MatMul (q, w) [two] b = MatMul (p, v) z = Add (a, b) }"""
+    model = read(onnx.parser.parse_model(text))
+    ctx = calibrated(model)
+    assert ctx.calibration is not None
+    found = Pipeline.parse("collect-moments").run(model, ctx).model.fact(Moments)
+    x = np.concatenate([feed["x"] for feed in ctx.calibration]).astype(np.float64)
+    assert_moment(found.of("one", 1), x[:, 4:], 1)
+    assert_moment(found.of("two", 1), x[:, :4], 1)
