@@ -189,6 +189,8 @@ def test_python_refuses_what_the_command_refuses(network: Path) -> None:
     assert caught.value.nearest["bytes"] is not None
     with pytest.raises(UsageError, match="budgets need a pipeline that allocates"):
         api.compile(network, size="30%", pipeline="int8", **options)
+    with pytest.raises(UsageError, match="portable weights need a pipeline that allocates"):
+        api.compile(network, portable=True, pipeline="int8", **options)
     with pytest.raises(UsageError, match="the least latency needs a bound"):
         api.compile(network, minimise="latency", **options)
 
