@@ -25,20 +25,24 @@ class OperandWalk:
 
     walk: Walk
     by_value: Mapping[str, Segment]
+    last: frozenset[str]
 
     @staticmethod
     def of(
         model: Model, ctx: PassContext, feeds: Sequence[Feed], values: Iterable[str]
     ) -> OperandWalk:
         """A walk along values, none of which depends on a later one."""
-        made = {v.name or "": node for node in model.graph for v in node.outputs}
-        names = [name for name in dict.fromkeys(values) if name in made]
+        makers = {v.name or "": node for node in model.graph for v in node.outputs}
+        by_maker: dict[str, list[str]] = {}
+        for name in dict.fromkeys(values):
+            if name in makers:
+                by_maker.setdefault(makers[name].name or "", []).append(name)
+        stops = [makers[names[0]] for names in by_maker.values()]
         by_value: dict[str, Segment] = {}
-        given: set[str] = set()
-        for name, found in zip(names, segments(model, [made[n] for n in names]), strict=True):
-            given.update(found.gives)
-            by_value[name] = found if name in given else _with_value(found, name)
-        return OperandWalk(Walk(model, ctx.evaluator, feeds, ctx.workdir), by_value)
+        for names, found in zip(by_maker.values(), segments(model, stops), strict=True):
+            by_value |= dict.fromkeys(names, _with_values(found, names))
+        last = frozenset(names[-1] for names in by_maker.values())
+        return OperandWalk(Walk(model, ctx.evaluator, feeds, ctx.workdir), by_value, last)
 
     def reach(self, value: str) -> None:
         """Compute a value for every feed, unless it is an input."""
@@ -46,11 +50,12 @@ class OperandWalk:
             self.walk.step(self.by_value[value])
 
     def leave(self, value: str) -> None:
-        """Forget what nobody reads any more."""
-        if value in self.by_value:
+        """Forget what nobody reads any more, once the last value of its node is left."""
+        if value in self.last:
             self.walk.leave(self.by_value[value])
 
 
-def _with_value(segment: Segment, name: str) -> Segment:
-    """A segment that also gives a later output of its node, which no later segment reads."""
-    return replace(segment, gives=(*segment.gives, name), drops=(*segment.drops, name))
+def _with_values(segment: Segment, names: Sequence[str]) -> Segment:
+    """A segment that also gives outputs of its node that no later segment reads."""
+    more = tuple(name for name in names if name not in segment.gives)
+    return replace(segment, gives=(*segment.gives, *more), drops=(*segment.drops, *more))
