@@ -68,9 +68,9 @@ class PlanOptions:
         float,
         typer.Option(min=0.0, help="Time for the search around the plan; 0 leaves it out."),
     ] = 20.0
-    estimator: Annotated[str, typer.Option(help="How damage is found; see octavo sensitivity.")] = (
-        "measured"
-    )
+    estimator: Annotated[
+        str, typer.Option(help="How damage is found: auto or one of octavo sensitivity.")
+    ] = "auto"
     top_k: Annotated[int, typer.Option(min=1, help="Plans to list in plan.json, best first.")] = 1
     pareto: Annotated[
         int, typer.Option(min=0, help="Points of the curve of damage against size.")
