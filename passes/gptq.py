@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, final
 
 import numpy as np
@@ -33,22 +34,30 @@ _MOST_DAMPING = 1e6
 @final
 @dataclass(frozen=True)
 class RowGrid:
-    """The codes that rows may take; scale and zero point have shape `[groups, N, blocks]`."""
+    """The codes that rows may take; scale and zero point have shape `[groups, N, blocks]`.
+
+    Codes of a grid with a `table` `[groups, N, entries]` are those of it, in rising order.
+    """
 
     spec: QuantSpec
     scale: Float32
     zero: Float32
     cells: Cells
+    table: Float32 | None = None
 
     def part(self, rows: slice) -> RowGrid:
         """The grid of some rows of every group."""
         cells = replace(self.cells, index=self.cells.index[:, rows])
-        return RowGrid(self.spec, self.scale[:, rows], self.zero[:, rows], cells)
+        table = None if self.table is None else self.table[:, rows]
+        return RowGrid(self.spec, self.scale[:, rows], self.zero[:, rows], cells, table)
 
     def nearest(self, weight: Float32) -> Float32:
         """The nearest codes of `[groups, N, K]`, as floats."""
         block = self.cells.block
-        return codes_of(weight, self.scale[..., block], self.zero[..., block], self.spec)
+        scale, zero = self.scale[..., block], self.zero[..., block]
+        if self.table is not None:
+            return table_codes(weight, scale, zero, self.table[:, :, None])
+        return codes_of(weight, scale, zero, self.spec)
 
     def values(self, codes: Float32) -> Float32:
         """What codes `[groups, N, K]` stand for."""
@@ -68,6 +77,16 @@ def codes_of(real: Float32, scale: Float32, zero: Float32, spec: QuantSpec) -> F
     if spec.binary:
         return np.where(real < 0, np.float32(-1), np.float32(1))
     return _codes(real, scale, zero, np.float32(spec.qmin), np.float32(spec.qmax))
+
+
+def table_codes(real: Float32, scale: Float32, zero: Float32, table: Float32) -> Float32:
+    """The nearest entries of `table`, whose last axis rises, the lower one in a tie."""
+    codes = real / scale + zero
+    index = np.zeros(codes.shape, np.int64)
+    for low, high in pairwise(np.moveaxis(table, -1, 0)):
+        index += codes > (low + high) / 2
+    wide = np.broadcast_to(table, (*codes.shape, table.shape[-1]))
+    return np.take_along_axis(wide, index[..., None], axis=-1)[..., 0]
 
 
 def _codes(
@@ -144,7 +163,9 @@ def gptq(weight: Float32, factor: Factor, grid: RowGrid) -> Float32:
     )
     error, codes = np.empty_like(real), np.empty_like(real)
     block = grid.cells.block[order]
-    if grid.spec.binary:
+    if grid.table is not None:
+        rounding = partial(table_codes, table=grid.table)
+    elif grid.spec.binary:
         rounding = partial(codes_of, spec=grid.spec)
     else:
         low, high = np.float32(grid.spec.qmin), np.float32(grid.spec.qmax)

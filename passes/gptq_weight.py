@@ -62,19 +62,21 @@ def gptq_weight(
     second: Float32,
     options: GptqOptions | None = None,
     target: Float32 | None = None,
+    table: Float32 | None = None,
 ) -> Rounding:
     """Codes by GPTQ, then scales that suit them; a row that is no better stays at nearest.
 
     `second` has shape `[groups, K, K]`. The rows `target` `[groups, N, K]` stand for the weight
     where the layer's input has changed: its errors count, and the nearest codes are still those
-    of the weight.
+    of the weight. Of a `table` in rising order, only its codes are used.
     """
     options = options or GptqOptions()
     rows = matrix.rows(weight)
     if not rows.size:
         return Rounding(weight, params, 0.0, 0.0)
     scale, zero, cells = matrix.scales(params)
-    grid = RowGrid(params.spec, scale, zero.astype(np.float32), cells)
+    wide = None if table is None else np.broadcast_to(table, (*rows.shape[:2], table.size))
+    grid = RowGrid(params.spec, scale, zero.astype(np.float32), cells, wide)
     layer = _Layer(second, Factor.of(second, options.damping, options.act_order), options)
     wanted = rows if target is None else target
     made = np.empty_like(rows)

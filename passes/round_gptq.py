@@ -12,14 +12,13 @@ from octavo.ir.facts import Fact
 from octavo.ir.fake_quant import set_rounded
 from octavo.ir.moments import Moments
 from octavo.ir.quant import dequantize, quantize
-from octavo.ir.reference import Reference
 from octavo.passes.base import Pass
 from octavo.passes.clip_search import clipped_params
-from octavo.passes.collect_moments import collected
+from octavo.passes.float_moments import float_moments, float_sight
 from octavo.passes.gptq import output_error
 from octavo.passes.gptq_weight import GptqOptions, gptq_weight
 from octavo.passes.sequential_moments import Sighted, prefix_moments
-from octavo.passes.weight_matrix import WeightMatrix, why_no_matrix
+from octavo.passes.weight_matrix import why_no_matrix
 from octavo.passes.weight_quantizers import WeightQuantizer, weight_quantizers
 
 if TYPE_CHECKING:
@@ -80,15 +79,9 @@ class RoundGptq(Pass):
             for one, sighted in prefix_moments(model, ctx, some, ctx.calibration, self.samples):
                 del left[id(one)]
                 yield one, sighted
-        moments = model.find(Moments)
-        if left and moments is None and ctx.calibration is not None:
-            readers = (reader for quantizer in left.values() for reader in quantizer.readers)
-            wanted = [(node.name or "", index) for node, index in readers]
-            reference = model.find(Reference)
-            source = reference.model if reference is not None else model
-            moments = collected(source, ctx, wanted, ctx.calibration, samples=self.samples)
+        moments = float_moments(model, ctx, left.values(), self.samples) if left else None
         for quantizer in left.values():
-            yield quantizer, _from_fact(quantizer, moments or Moments({}))
+            yield quantizer, float_sight(quantizer, moments or Moments({}))
 
     def _is_settled(self, model: Model, ctx: PassContext, quantizer: WeightQuantizer) -> bool:
         """Whether nothing is left to round; a weight on a smaller grid gets that grid."""
@@ -140,19 +133,3 @@ def exact_params(weight: Float32, params: QuantParams) -> QuantParams | None:
         if np.array_equal(dequantize(quantize(weight, tried), tried), weight):
             return tried
     return None
-
-
-def _from_fact(quantizer: WeightQuantizer, moments: Moments) -> Sighted | None:
-    """The mean over readers of a tied weight, which multiply as many numbers each."""
-    found = [
-        (WeightMatrix.of(node, index), moment.matrix())
-        for node, index in quantizer.readers
-        if not why_no_matrix(node, index)
-        for moment in [moments.of(node.name or "", index)]
-        if moment is not None
-    ]
-    if not found:
-        return None
-    alike = [second for matrix, second in found if second.shape == found[0][1].shape]
-    second = alike[0] if len(alike) == 1 else np.mean(alike, axis=0, dtype=np.float32)
-    return Sighted(found[0][0], np.asarray(second, np.float32))
