@@ -21,6 +21,7 @@ from octavo.passes.recover import Recover
 from octavo.passes.refine import Refine
 from octavo.passes.round_gptq import RoundGptq
 from octavo.passes.round_learned import RoundLearned
+from octavo.passes.round_nupes import RoundNupes
 from octavo.passes.round_squant import RoundSquant
 from octavo.passes.sensitivity import AnalyseSensitivity
 
@@ -48,6 +49,7 @@ PASSES: Mapping[str, type[Pass]] = {
         RoundLearned,
         ClipWeights,
         RoundSquant,
+        RoundNupes,
         MatchMoments,
         CorrectBias,
         Recover,

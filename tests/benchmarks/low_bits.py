@@ -45,6 +45,8 @@ METHODS: Mapping[str, str] = {
     "squant": "round-squant",
     "gptq": "clip-weights,round-gptq",
     "gptq+moments": "clip-weights,round-gptq,match-moments",
+    "powers": "clip-weights,round-gptq,round-nupes{table=power}",
+    "centres": "clip-weights,round-gptq,round-nupes",
     "learned": "clip-weights,round-gptq,round-learned",
     "recovered": "clip-weights,round-gptq,recover",
 }
@@ -98,7 +100,8 @@ class Bench:
         """The model with all weights at that many bits, up to its FakeQuants."""
         blocks = f"blocks={self.block}," if self.block else "weight-only=false,"
         static = "true" if self.activations else "false"
-        offered = f"offer-options{{bits={bits},{blocks}static={static},dynamic={static}}}"
+        kinds = f"static={static},dynamic={static},float16=false"
+        offered = f"offer-options{{bits={bits},{blocks}{kinds}}}"
         calibrated = "calibrate," if self.activations else ""
         text = f"canonicalize,{before + ',' if before else ''}{calibrated}{offered}"
         model = Pipeline.parse(text).run(self.source, self.ctx).model
