@@ -10,7 +10,7 @@ import onnx_ir
 from octavo.backends.ort_edits import input_array, input_of, insert, replace
 from octavo.backends.ort_packing import emit, halve_constant
 from octavo.ir.fake_quant import constant
-from octavo.ir.levels import stored_levels
+from octavo.ir.levels import binary_parts, sign_table, stored_levels
 from octavo.ir.packing import pack, parts, sizes_name, steps
 from octavo.ir.quant import QuantSpec
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from octavo.ir.quant import QuantType
 
 _INT32 = 6
+# Two levels of a channel are no more numbers than their alpha and offset.
+_LEAST_BITS = 2
 
 
 def store_levels(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
@@ -32,12 +34,34 @@ def store_levels(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
     made = steps(codes.shape, spec)
     signed = emit(graph, node, pack(codes, spec), parts(spec), made, f"{name}_q")
     indices = insert(graph, node, "Cast", [signed], f"{name}_indices", {"to": _INT32}).outputs[0]
-    numbers = _table(graph, node, name, table)
+    numbers = _binary_table(graph, node, name, levels, along)
+    numbers = numbers or _table(graph, node, name, table)
     looked_up = insert(
         graph, node, "GatherElements", [numbers, indices], f"{name}_found", {"axis": along}
     )
     sizes = constant(graph, sizes_name(weight.shape), np.array(weight.shape, np.int64))
     replace(graph, node, "Reshape", [looked_up.outputs[0], sizes])
+
+
+def _binary_table(
+    graph: onnx_ir.Graph, node: onnx_ir.Node, name: str, levels: NDArray[np.float32], along: int
+) -> onnx_ir.Value | None:
+    """The product of float16 alpha and offset with signs, where that is the table exactly."""
+    halves = binary_parts(levels)
+    bits = levels.shape[1].bit_length() - 1
+    if halves is None or bits < _LEAST_BITS:
+        return None
+    both = np.concatenate([halves[0], halves[1][:, None]], axis=1)
+    turned = along == 0
+    signs = sign_table(bits)
+    stored = constant(graph, f"{name}_alpha", np.ascontiguousarray(both.T if turned else both))
+    signed = constant(
+        graph, f"signs{bits}" + ("t" if turned else ""),
+        np.ascontiguousarray(signs.T if turned else signs),
+    )  # fmt: skip
+    cast = insert(graph, node, "Cast", [stored], f"{name}_alpha_f32", {"to": 1}).outputs[0]
+    operands = [signed, cast] if turned else [cast, signed]
+    return insert(graph, node, "MatMul", operands, f"{name}_table").outputs[0]
 
 
 def _table(

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 OP_TYPE = "FakeQuantLevels"
 # Names and the nodes that unpack, look up and reshape.
 _NODE_BYTES = 600
+_EXACT = 1 << 24
 
 
 def binary_levels(alpha: NDArray[np.float32], offset: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -40,6 +41,44 @@ def binary_levels(alpha: NDArray[np.float32], offset: NDArray[np.float32]) -> ND
     signs = 2 * (np.arange(1 << bits)[:, None] >> places & 1) - 1
     levels: NDArray[np.float32] = alpha @ signs.T.astype(np.float32) + offset[:, None]
     return levels
+
+
+def binary_parts(
+    levels: NDArray[np.float32],
+) -> tuple[NDArray[np.float16], NDArray[np.float16]] | None:
+    """The float16 alpha and offset from which `binary_levels` made levels, `None` where none did.
+
+    Their sums are exact in float32 whatever the order: all are multiples of one number, and less
+    than 2^24 of it.
+    """
+    bits = levels.shape[1].bit_length() - 1
+    if levels.shape[1] != 1 << bits:
+        return None
+    alone = 1 << np.arange(bits)[::-1]
+    alpha = (levels[:, alone] - levels[:, :1]) / 2
+    offset = levels[:, 0] + alpha.sum(axis=1)
+    with np.errstate(over="ignore"):
+        halves = alpha.astype(np.float16), offset.astype(np.float16)
+    parts = np.concatenate([halves[0], halves[1][:, None]], axis=1)
+    if not np.all(np.isfinite(parts)):
+        return None
+    least = np.spacing(np.where(parts == 0, np.float16(1), np.abs(parts))).astype(np.float64)
+    sums = np.abs(parts).sum(axis=1, dtype=np.float64)
+    made = binary_levels(*(half.astype(np.float32) for half in halves))
+    exact = np.all(sums < _EXACT * least.min(axis=1)) and np.array_equal(made, levels)
+    return halves if exact else None
+
+
+def sign_table(bits: int) -> NDArray[np.float32]:
+    """What `alpha` and `offset`, side by side, are multiplied with for the table of their levels.
+
+    `[bits + 1, entries]`, the entries where `stored_levels` puts them.
+    """
+    slots = signed_indices(bits)
+    table = np.zeros((bits + 1, codebook_size(bits)), np.float32)
+    every = np.eye(bits + 1, dtype=np.float32)
+    table[:, slots] = binary_levels(every[:, :bits], every[:, bits])
+    return table
 
 
 def nearest_levels(
@@ -89,9 +128,39 @@ def set_levels(
     node.outputs[0].shape, node.outputs[0].type = value.shape, value.type
     graph.insert_after(fake, node)
     onnx_ir.convenience.replace_all_uses_with(fake.outputs[0], node.outputs[0])
+    read = [value.name or "" for value in fake.inputs if value is not None]
     graph.remove(fake, safe=True)
+    for unread in (n for n in read if n in graph.initializers and not _is_read(graph, n)):
+        del graph.initializers[unread]
     declare_functions(model.ir)
     return node
+
+
+def _is_read(graph: onnx_ir.Graph, name: str) -> bool:
+    value = graph.initializers[name]
+    return bool(value.uses()) or value.is_graph_output() or value.is_graph_input()
+
+
+def levels_of(node: onnx_ir.Node) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """What a FakeQuantLevels reads: the weight, and the levels of its channels."""
+    return _constant_of(node, 0), _constant_of(node, 1)
+
+
+def reset_levels(
+    node: onnx_ir.Node, weight: NDArray[np.float32], levels: NDArray[np.float32]
+) -> None:
+    """Let a FakeQuantLevels read others; the numbers of `weight` are levels of their channels."""
+    for index, array in enumerate((weight, levels)):
+        value = node.inputs[index]
+        assert value is not None
+        value.const_value = onnx_ir.Tensor(np.asarray(array, np.float32), name=value.name)
+
+
+def _constant_of(node: onnx_ir.Node, index: int) -> NDArray[np.float32]:
+    value = node.inputs[index]
+    assert value is not None
+    assert value.const_value is not None
+    return np.asarray(value.const_value.numpy(), np.float32)
 
 
 def stored_levels(
