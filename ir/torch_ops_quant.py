@@ -128,6 +128,11 @@ def fake_quant_dynamic(x: Tensor) -> Tensor:
     return fake_quant(x, scale, zero, qmin=0, qmax=_LARGEST_U8, spec="")
 
 
+def fake_quant_levels(x: Tensor, levels: Tensor, *, axis: int, bits: int) -> Tensor:
+    """FakeQuantLevels: x holds levels."""
+    return x
+
+
 def _straight_through(x: Tensor) -> Tensor:
     return x + (torch.round(x) - x).detach()
 
@@ -192,4 +197,5 @@ OCTAVO: dict[str, Callable[..., Any]] = {
     "FakeQuant": fake_quant,
     "FakeQuantBlocks": fake_quant_blocks,
     "FakeQuantDynamic": fake_quant_dynamic,
+    "FakeQuantLevels": fake_quant_levels,
 }

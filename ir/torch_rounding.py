@@ -27,14 +27,40 @@ _STRETCH, _SHIFT = 1.2, -0.1
 _BORDER = 0.499
 
 
-class WeightRounding(ABC):
-    """One quantized weight with variables; `variables` by what their step size depends on."""
+class LearnedWeight(ABC):
+    """One quantized weight with variables; `stretch` is the log of what its numbers grow by.
+
+    `count` is the number of its entries.
+    """
+
+    count: int
+    stretch: Tensor
+
+    @abstractmethod
+    def soft(self) -> Tensor:
+        """The weight to train with, in its shape, with gradients."""
+
+    @abstractmethod
+    def hard(self) -> Tensor:
+        """The weight that will be emitted."""
+
+    @abstractmethod
+    def code_variables(self) -> Sequence[Tensor]:
+        """What moves the codes."""
+
+    def regulariser(self, beta: float) -> Tensor | None:
+        """A penalty in [0, 1] on codes between two whole ones."""
+        return None
+
+
+class WeightRounding(LearnedWeight):
+    """A weight on an even grid."""
 
     def __init__(
         self, weight: NDArray[np.floating], rounded: NDArray[np.float32], params: QuantParams
     ) -> None:
         """`weight` is the float weight and `rounded` what is left of it, both in one shape."""
-        self.params, self.shape = params, weight.shape
+        self.params, self.shape, self.count = params, weight.shape, weight.size
         scale, zero = broadcast_params(params, weight.shape)
         codes = quantize(rounded, params).astype(np.float32)
         near = np.divide(weight, scale, dtype=np.float32) + zero.astype(np.float32) - codes
@@ -48,14 +74,6 @@ class WeightRounding(ABC):
     @abstractmethod
     def soft_codes(self) -> Tensor:
         """Codes with gradients, in the weight's shape; they need not be whole."""
-
-    @abstractmethod
-    def code_variables(self) -> Sequence[Tensor]:
-        """What moves the codes."""
-
-    def regulariser(self, beta: float) -> Tensor | None:
-        """A penalty in [0, 1] on codes between two whole ones."""
-        return None
 
     def soft(self) -> Tensor:
         """The weight to train with."""

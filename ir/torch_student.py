@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from octavo.ir.torch_module import TorchGraph
-    from octavo.ir.torch_rounding import WeightRounding
+    from octavo.ir.torch_rounding import LearnedWeight
 
 _TINY = 1e-8
 
@@ -48,7 +48,7 @@ class Student:
     def __init__(
         self,
         graph: TorchGraph,
-        weights: Mapping[str, WeightRounding],
+        weights: Mapping[str, LearnedWeight],
         vectors: tuple[str, ...],
         activations: Mapping[str, str],
     ) -> None:
@@ -84,7 +84,7 @@ class Student:
 
     def regulariser(self, beta: float) -> Tensor | None:
         """Mean penalty on codes that are not whole, over all weights."""
-        found = [(w.regulariser(beta), w.codes.numel()) for w in self.weights.values()]
+        found = [(w.regulariser(beta), w.count) for w in self.weights.values()]
         parts = [penalty * size for penalty, size in found if penalty is not None]
         return torch.stack(parts).sum() / sum(size for _, size in found) if parts else None
 

@@ -23,6 +23,7 @@ from octavo.passes.round_gptq import RoundGptq
 from octavo.passes.round_learned import RoundLearned
 from octavo.passes.round_nupes import RoundNupes
 from octavo.passes.round_squant import RoundSquant
+from octavo.passes.round_uniquanf import RoundUniquanf
 from octavo.passes.sensitivity import AnalyseSensitivity
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ PASSES: Mapping[str, type[Pass]] = {
         ClipWeights,
         RoundSquant,
         RoundNupes,
+        RoundUniquanf,
         MatchMoments,
         CorrectBias,
         Recover,

@@ -62,21 +62,24 @@ class RoundLearned(Pass):
     max: str = "2GB"
 
     def run(self, model: Model, ctx: PassContext) -> Model:
-        trainable = Trainable.of(model)
+        self.learn(Trainable.of(model), ctx)
+        return model
+
+    def learn(self, trainable: Trainable, ctx: PassContext) -> None:
+        """Learn those weights of a model in place, block by block."""
         if ctx.calibration is None or not trainable.weights:
             why = "no calibration data" if ctx.calibration is None else "no quantized weights"
             ctx.remark("note", "", f"{why}: nothing is learned")
-            return model
+            return
         from octavo.ir.needs_torch import need_torch
 
         need_torch(self.name)
         found = self._blocks(trainable)
-        feeds = self._feeds(model, ctx, [block for block, _ in found])
+        feeds = self._feeds(trainable.model, ctx, [block for block, _ in found])
         from octavo.ir.torch_losses import one_thread
 
         with one_thread():
             self._learn(Reconstruction(trainable, ctx, self._schedule()), found, feeds)
-        return model
 
     def _blocks(self, trainable: Trainable) -> list[tuple[Block, list[str]]]:
         """Blocks with the quantizers that each learns: those that no earlier block reads."""

@@ -11,9 +11,12 @@ import onnx_ir
 from octavo.ir.extract import extract, values_by_name
 from octavo.ir.facts import Placement
 from octavo.ir.fake_quant import DOMAIN, params_of, set_rounded
+from octavo.ir.levels import OP_TYPE as LEVELS
+from octavo.ir.levels import levels_of, reset_levels
 from octavo.ir.mapped import reading
 from octavo.ir.quant import dequantize, quantize
 from octavo.ir.reference import Reference
+from octavo.passes.weight_quantizers import level_quantizers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 
     from octavo.ir.model import Model
     from octavo.ir.quant import QuantParams
-    from octavo.ir.torch_rounding import RoundingMethod, WeightRounding
+    from octavo.ir.torch_rounding import LearnedWeight, RoundingMethod
     from octavo.ir.torch_student import Student
 
 # Where an operator reads one number per channel; `None` for any of its inputs.
@@ -50,11 +53,12 @@ class Trainable:
     activations: Mapping[str, tuple[str, onnx_ir.Node]]
 
     @staticmethod
-    def of(model: Model) -> Trainable:
+    def of(model: Model, quantizers: Sequence[str] = _LEARNED) -> Trainable:
+        """Of weights, those whose quantizers are of these types."""
         placement = model.find(Placement) or Placement({}, {}, {})
         weights, activations = {}, {}
         for node in model.graph:
-            if node.domain != DOMAIN or node.op_type not in _LEARNED or node.inputs[0] is None:
+            if node.domain != DOMAIN or node.op_type not in quantizers or node.inputs[0] is None:
                 continue
             value, scale = node.inputs[0], node.inputs[1]
             site = placement.sites.get((value.name or "").removesuffix("_float"))
@@ -100,8 +104,11 @@ class Trainable:
         part = extract(self.model, (*inputs, *fakes), outputs)
         graph = differentiable(part)
         used = {name: fake for name, fake in fakes.items() if name in graph.inputs}
-        found: dict[str, WeightRounding] = {}
+        found: dict[str, LearnedWeight] = {}
         for name, fake in used.items():
+            if fake.op_type == LEVELS:
+                found[name] = self._coding(fake)
+                continue
             params, rounded = params_of(fake), present(fake)
             start = self.float_weight(fake)
             found[name] = weight_rounding(methods[fake.name or ""], start, rounded, params)
@@ -134,13 +141,26 @@ class Trainable:
 
     def write(self, student: Student) -> None:
         """Put what a student learned into the graph."""
+        from octavo.ir.torch_bcq import CodedWeight
+        from octavo.ir.torch_rounding import WeightRounding
+
         by_output = {self._fed(name): fake for name, fake in self.weights.items()}
         for name, weight in student.weights.items():
-            rounded, params = weight.result()
-            set_rounded(self.model.graph, by_output[name], rounded, params)
+            if isinstance(weight, CodedWeight):
+                reset_levels(by_output[name], *weight.result())
+            elif isinstance(weight, WeightRounding):
+                set_rounded(self.model.graph, by_output[name], *weight.result())
         for name, array in student.initializers().items():
             value = self.model.graph.initializers[name]
             value.const_value = onnx_ir.Tensor(array.copy(), name=name)
+
+    def _coding(self, fake: onnx_ir.Node) -> LearnedWeight:
+        """The variables of a weight of levels."""
+        from octavo.ir.torch_bcq import CodedWeight
+
+        weight = next(q for q in level_quantizers(self.model) if q.fake is fake).original()
+        rounded, levels = levels_of(fake)
+        return CodedWeight(weight, rounded, levels, fake.attributes.get_int("axis", 0))
 
     def _fed(self, name: str) -> str:
         return self.weights[name].outputs[0].name or ""

@@ -10,8 +10,9 @@ import numpy as np
 
 from octavo.ir.constants import constant_behind
 from octavo.ir.fake_quant import DOMAIN, params_of
+from octavo.ir.levels import OP_TYPE as LEVELS
 from octavo.ir.mapped import reading
-from octavo.ir.quant import dequantize, quantize
+from octavo.ir.quant import dequantize, quantize, turned_params
 from octavo.ir.reference import Reference
 
 if TYPE_CHECKING:
@@ -29,12 +30,23 @@ if TYPE_CHECKING:
 class WeightQuantizer:
     """A FakeQuant of a constant; `readers` are nodes with the index of the input it feeds.
 
-    `original` is the weight before anything was rounded, in the shape of the constant.
+    `original` is the weight before anything was rounded, in the shape of the constant. The first
+    reader of a table that is also tied to a head is the head, which reads it `turned`.
     """
 
     fake: onnx_ir.Node
     readers: tuple[tuple[onnx_ir.Node, int], ...]
     source: onnx_ir.Value | None
+    turned: bool = False
+
+    def as_read(self, array: Float32) -> Float32:
+        """A constant as the first reader reads it, and the other way round."""
+        return np.ascontiguousarray(array.T) if self.turned else array
+
+    @property
+    def params_as_read(self) -> QuantParams:
+        """The parameters as the first reader reads them."""
+        return turned_params(self.params) if self.turned else self.params
 
     @property
     def params(self) -> QuantParams:
@@ -65,16 +77,32 @@ class WeightQuantizer:
 
 
 def weight_quantizers(model: Model) -> Iterator[WeightQuantizer]:
-    """Every FakeQuant of a constant that somebody reads, in topological order."""
+    """Every FakeQuant of a constant that somebody reads, in topological order.
+
+    Weights of levels are left out: they have no parameters.
+    """
+    return (found for found in _quantizers(model) if found.fake.op_type != LEVELS)
+
+
+def level_quantizers(model: Model) -> Iterator[WeightQuantizer]:
+    """Every weight of levels (`ir/levels.py`) that somebody reads, in topological order."""
+    return (found for found in _quantizers(model) if found.fake.op_type == LEVELS)
+
+
+def _quantizers(model: Model) -> Iterator[WeightQuantizer]:
     reference = model.find(Reference)
     nodes = {n.name: n for n in reference.model.graph} if reference is not None else {}
     for fake in model.graph:
         value = fake.inputs[0] if fake.domain == DOMAIN and fake.inputs else None
         if value is None or value.const_value is None or fake.op_type == "FakeQuantDynamic":
             continue
-        readers = tuple((use.node, use.idx) for use in fake.outputs[0].uses())
-        if readers:
-            node, index = readers[0]
+        uses = [(use.node, use.idx) for use in fake.outputs[0].uses()]
+        direct = [(node, index) for node, index in uses if node.op_type != "Transpose"]
+        tied = [
+            (u.node, u.idx) for n, i in uses if (n, i) not in direct for u in n.outputs[0].uses()
+        ]
+        if direct or tied:
+            node, index = (*direct, *tied)[0]
             before = nodes.get(node.name)
             source = before.inputs[index] if before is not None else None
-            yield WeightQuantizer(fake, readers, source)
+            yield WeightQuantizer(fake, (*tied, *direct), source, bool(tied))

@@ -47,6 +47,8 @@ METHODS: Mapping[str, str] = {
     "gptq+moments": "clip-weights,round-gptq,match-moments",
     "powers": "clip-weights,round-gptq,round-nupes{table=power}",
     "centres": "clip-weights,round-gptq,round-nupes",
+    "binary": "clip-weights,round-gptq,round-uniquanf{steps=0}",
+    "uniquanf": "clip-weights,round-gptq,round-uniquanf",
     "learned": "clip-weights,round-gptq,round-learned",
     "recovered": "clip-weights,round-gptq,recover",
 }
