@@ -57,11 +57,11 @@ def fitted_rows(rows: Float32, table: Float32, importance: Float32 | None = None
     Several shares of the range of a row are tried; least squares then suits the scale to the
     codes. `importance` `[n, K]` weighs squared errors. A row of zeros has scale 1.
     """
-    whole = np.abs(rows).max(axis=1, initial=0.0) / np.abs(table).max()
+    whole = np.asarray(np.abs(rows).max(axis=1, initial=0.0) / np.abs(table).max(), np.float32)
     whole = np.where(whole > _TINY, whole, np.float32(1))
     best = Fitted(table, whole, np.full(len(rows), np.inf))
     for ratio in _RATIOS:
-        scale = np.maximum(whole * np.float32(ratio), _TINY)
+        scale: Float32 = np.maximum(whole * np.float32(ratio), np.float32(_TINY))
         codes = nearest_entries(rows / scale[:, None], table)
         scale = _refitted(rows, codes, importance, scale)
         codes = nearest_entries(rows / scale[:, None], table)
@@ -111,7 +111,7 @@ def best_centres(
     """All `2^bits` entries free: weighted k-means of the weights divided by their scales.
 
     Lloyd's rounds alternate between codes, entries and scales, from several starts (powers, and
-    quantiles); the entries are rounded last.
+    even entries without zero); the entries are rounded last.
     """
     some, weighed = _sampled(rows, importance)
     starts = [

@@ -227,7 +227,8 @@ def _solved(normal: Float32, pulled: Float32) -> Float64:
     matrix = normal.astype(np.float64)
     mean = np.einsum("nii->n", matrix) / matrix.shape[1]
     ridge = np.where(mean > 0, _RIDGE * mean, 1.0)[:, None, None] * np.eye(matrix.shape[1])
-    return np.linalg.solve(matrix + ridge, pulled.astype(np.float64)[..., None])[..., 0]
+    found = np.linalg.solve(matrix + ridge, pulled.astype(np.float64)[..., None])[..., 0]
+    return np.asarray(found, np.float64)
 
 
 def _slices(rows: int, elements_per_row: int) -> Iterator[slice]:
