@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir
 
 from octavo.backends.ort_edits import input_array, input_of, insert, replace
-from octavo.backends.ort_packing import emit, halve_constant
+from octavo.backends.ort_packing import emit, halve_constant, short_name
 from octavo.ir.fake_quant import constant
 from octavo.ir.levels import binary_parts, sign_table, stored_levels
 from octavo.ir.packing import pack, parts, sizes_name, steps
@@ -31,13 +31,15 @@ def store_levels(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
     codes, table, along = stored_levels(weight, levels, axis, bits)
     dtype: QuantType = f"s{bits}"  # type: ignore[assignment]
     spec, name = QuantSpec(dtype), input_of(node, 0).name or ""
+    name = name.removesuffix("_rounded")
     made = steps(codes.shape, spec)
     signed = emit(graph, node, pack(codes, spec), parts(spec), made, f"{name}_q")
-    indices = insert(graph, node, "Cast", [signed], f"{name}_indices", {"to": _INT32}).outputs[0]
+    to = {"to": _INT32}
+    indices = insert(graph, node, "Cast", [signed], short_name(graph), to).outputs[0]
     numbers = _binary_table(graph, node, name, levels, along)
     numbers = numbers or _table(graph, node, name, table)
     looked_up = insert(
-        graph, node, "GatherElements", [numbers, indices], f"{name}_found", {"axis": along}
+        graph, node, "GatherElements", [numbers, indices], short_name(graph), {"axis": along}
     )
     sizes = constant(graph, sizes_name(weight.shape), np.array(weight.shape, np.int64))
     replace(graph, node, "Reshape", [looked_up.outputs[0], sizes])
@@ -59,9 +61,9 @@ def _binary_table(
         graph, f"signs{bits}" + ("t" if turned else ""),
         np.ascontiguousarray(signs.T if turned else signs),
     )  # fmt: skip
-    cast = insert(graph, node, "Cast", [stored], f"{name}_alpha_f32", {"to": 1}).outputs[0]
+    cast = insert(graph, node, "Cast", [stored], short_name(graph), {"to": 1}).outputs[0]
     operands = [signed, cast] if turned else [cast, signed]
-    return insert(graph, node, "MatMul", operands, f"{name}_table").outputs[0]
+    return insert(graph, node, "MatMul", operands, short_name(graph)).outputs[0]
 
 
 def _table(

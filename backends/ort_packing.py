@@ -206,7 +206,12 @@ def _add(
         for given in step.inputs
     ]
     attributes = {} if step.to is None else {"to": int(step.to)}
+    name = name or short_name(graph)
+    return insert(graph, before, step.op_type, inputs, name, attributes).outputs[0]
+
+
+def short_name(graph: onnx_ir.Graph) -> str:
+    """A name for what an unpacking graph makes on the way."""
     number: int = graph.meta.setdefault("octavo.unpacking", 0)
     graph.meta["octavo.unpacking"] = number + 1
-    node = insert(graph, before, step.op_type, inputs, name or f"unpack{number}", attributes)
-    return node.outputs[0]
+    return f"unpack{number}"

@@ -15,6 +15,7 @@ from octavo.ir.quant import PerAxis, QuantParams
 from octavo.ir.reference import Reference
 from octavo.passes.base import Pass
 from octavo.passes.float_moments import float_moments, float_sight
+from octavo.passes.gptq import row_errors
 from octavo.passes.round_learned import RoundLearned
 from octavo.passes.trainable import Trainable
 from octavo.passes.uniquanf import Coding, coded_rows, initial_coding, uniform_coding
@@ -50,7 +51,8 @@ class RoundUniquanf(Pass):
     Levels that turn out to be an even grid become codes.
     **Why.** Weights of a channel crowd around zero; at 2 and 3 bits even steps do not suit them.
     **When it does not apply.** Weights that integer kernels multiply (`round-nupes` is for them),
-    blocks, one scale per tensor, widths beyond 2 to 6 bits, weights on a grid already.
+    blocks, one scale per tensor, widths beyond 2 to 6 bits, weights on a grid already, channels of
+    fewer than `least` weights, whose levels would take too large a share of the file.
     **Cost and accuracy.** Some seconds per million weights for the levels, then `steps` batches
     per block, about `seconds` in all (0 learns nothing). A channel keeps its even codes where
     their error is not higher, a block what it had where its held-out error does not fall.
@@ -66,14 +68,15 @@ class RoundUniquanf(Pass):
     seconds: float = 300.0
     codes_rate: float = 0.005
     vectors_rate: float = 0.005
+    least: int = 64
     samples: int = 512
 
     def run(self, model: Model, ctx: PassContext) -> Model:
         quantizers = list(weight_quantizers(model))
-        usable = [q for q in quantizers if not _why_not(q)]
+        usable = [q for q in quantizers if not _why_not(q, self.least)]
         found = float_moments(model, ctx, usable, self.samples) or Moments({})
         for done, quantizer in enumerate(quantizers, start=1):
-            name, reason = quantizer.fake.name or "", _why_not(quantizer)
+            name, reason = quantizer.fake.name or "", _why_not(quantizer, self.least)
             if reason:
                 ctx.remark("missed", name, reason)
             else:
@@ -123,7 +126,7 @@ def _code(
 class _Channels:
     """A weight as rows `[N, K]`, one for each channel of `axis`, in `groups` of equal inputs.
 
-    `second` has shape `[groups, K, K]`: the identity where nothing is known about the inputs.
+    `second` has shape `[groups, K, K]`, `None` where nothing is known about the inputs.
     """
 
     quantizer: WeightQuantizer
@@ -157,9 +160,7 @@ class _Channels:
         """Squared errors of the channels' outputs, `[N]`, or of the channels themselves."""
         error = self.rows - rows
         if self.second is None:
-            return np.square(error, dtype=np.float64).sum(axis=1)
-        from octavo.passes.gptq import row_errors
-
+            return np.asarray(np.square(error, dtype=np.float64).sum(axis=1), np.float64)
         grouped = error.reshape(len(self.second), -1, error.shape[1])
         return row_errors(grouped, self.second).reshape(-1)
 
@@ -221,7 +222,7 @@ def _rows(weight: Float32, axis: int) -> Float32:
     return np.ascontiguousarray(moved.reshape(len(moved), -1), np.float32)
 
 
-def _why_not(quantizer: WeightQuantizer) -> str:
+def _why_not(quantizer: WeightQuantizer, least: int) -> str:
     """Why a weight has no levels, "" where it may."""
     spec, nodes = quantizer.params.spec, [node for node, _ in quantizer.readers]
     if spec.binary or spec.half or spec.index_bits is not None or not spec.signed:
@@ -237,4 +238,5 @@ def _why_not(quantizer: WeightQuantizer) -> str:
     axis = spec.granularity.axis % stored.ndim if isinstance(spec.granularity, PerAxis) else None
     if axis not in (0, stored.ndim - 1):
         return "levels belong to the first or the last axis, one channel each"
-    return ""
+    width = stored.size // stored.shape[axis]
+    return f"a channel has {width} weights, its levels would take more" if width < least else ""
