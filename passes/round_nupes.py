@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     Float32 = NDArray[np.float32]
 
 _BYTE = 8
+# A table and the nodes that read it take bytes, and must gain something.
+_WORTH = 0.99
 _THREE_CODES = 2
 
 
@@ -49,7 +51,7 @@ class RoundNupes(Pass):
     **When it does not apply.** Kernels that read blocks of 2, 4 or 8 bits; binary and float16
     weights; weights on a grid already.
     **Cost and accuracy.** The operations of `round-gptq`, and a second per million weights for
-    the table. A weight keeps its even codes where their error is not higher.
+    the table. A weight keeps its even codes where a table gains less than 1 %.
     """
 
     name = "round-nupes"
@@ -85,7 +87,7 @@ class RoundNupes(Pass):
         params = QuantParams(spec, scale, np.zeros(scale.shape, np.int32))
         rounded, params = _rounded(weight, params, rows.table, sighted)
         before, after = (_error(weight, w, sighted) for w in (present, rounded))
-        if not after < before:
+        if not after < _WORTH * before:
             ctx.remark("missed", name, "even codes are as good", before=before, after=after)
             return
         set_rounded(model.graph, quantizer.fake, rounded, params)

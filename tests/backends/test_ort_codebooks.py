@@ -17,7 +17,7 @@ from octavo.backends.ort_session import make_session
 from octavo.ir.errors import UsageError
 from octavo.ir.facts import Choice, Method, Option, Plan, Range, Ranges
 from octavo.ir.fake_quant import DOMAIN, params_of, set_rounded
-from octavo.ir.levels import level_bytes, level_weight, set_levels
+from octavo.ir.levels import binary_levels, level_bytes, level_weight, levels_of, set_levels
 from octavo.ir.option_bytes import option_bytes, table_bytes
 from octavo.ir.quant import PerAxis, QuantParams, QuantSpec, dequantize
 from octavo.ir.read import read
@@ -171,3 +171,27 @@ def test_levels_of_a_channel_fold_to_the_weight(
     graph = onnx.load(artifact.path).graph
     own = sum(t.ByteSize() + 2 for t in graph.initializer if not t.name.startswith("table"))
     assert 0 <= level_bytes(shape, axis, bits, half=half) - own <= 800
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+@pytest.mark.parametrize("name", _CASES)
+def test_binary_coding_stores_its_parts(
+    name: str, bits: int, tmp_path: Path, pass_context: PassContext
+) -> None:
+    """k bits a weight, k + 1 float16 numbers a channel, and one small table of signs."""
+    *_, shape, axis = _CASES[name]
+    option = Option("storage", QuantSpec("s4", PerAxis(axis), symmetric=True))
+    model = _inserted(name, option, pass_context)
+    rng = np.random.default_rng(bits)
+    both = rng.uniform(-0.1, 0.1, (shape[axis], bits + 1)).astype(np.float16).astype(np.float32)
+    node = set_levels(model, _fake(model), binary_levels(both[:, :bits], both[:, bits]), axis)
+    weight, _ = levels_of(node)
+    artifact = lower(model, tmp_path / "m.onnx")
+    found = make_session(artifact.path, threads=1).run(_feed(name))["y"]
+    # Folded at load to exactly the float weight, which the same kernel multiplies.
+    np.testing.assert_array_equal(found, _truth(name, weight))
+    stored = {t.name: numpy_helper.to_array(t) for t in onnx.load(artifact.path).graph.initializer}
+    halves = [array for array in stored.values() if array.dtype == np.float16]
+    assert sum(array.nbytes for array in halves) == shape[axis] * (bits + 1) * 2
+    entries = sum(array.size for array in stored.values() if array.dtype == np.float32)
+    assert entries == (bits + 1) * 2**bits

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from octavo.ir.errors import UsageError
-from octavo.ir.levels import binary_levels, level_weight, nearest_levels, stored_levels
+from octavo.ir.levels import (
+    binary_levels,
+    binary_parts,
+    level_weight,
+    nearest_levels,
+    sign_table,
+    stored_levels,
+)
 from octavo.ir.quant import PerAxis, QuantParams, QuantSpec, QuantType
 
 WIDTHS = (1, 2, 3, 4, 5)
@@ -69,3 +76,39 @@ def test_channels_in_the_middle_are_refused() -> None:
     weight = np.zeros((2, 3, 4), np.float32)
     with pytest.raises(UsageError, match="first or the last axis"):
         stored_levels(weight, np.zeros((3, 2), np.float32), 1, 1)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_binary_levels_come_apart_again(bits: int) -> None:
+    rng = np.random.default_rng(bits)
+    alpha = rng.standard_normal((5, bits)).astype(np.float16)
+    offset = rng.standard_normal(5).astype(np.float16)
+    levels = binary_levels(alpha.astype(np.float32), offset.astype(np.float32))
+    found = binary_parts(levels)
+    assert found is not None
+    np.testing.assert_array_equal(found[0], alpha)
+    np.testing.assert_array_equal(found[1], offset)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_signs_make_the_stored_table(bits: int) -> None:
+    """α and z times signs: the table of `stored_levels`, to the last bit."""
+    rng = np.random.default_rng(bits)
+    both = rng.standard_normal((6, bits + 1)).astype(np.float16).astype(np.float32)
+    levels = binary_levels(both[:, :bits], both[:, bits])
+    weight = level_weight(rng.integers(0, 2**bits, (6, 9)), levels, 0)
+    _, table, _ = stored_levels(weight, levels, 0, bits)
+    np.testing.assert_array_equal(both @ sign_table(bits), table)
+
+
+@pytest.mark.parametrize("kind", ["four numbers", "float32", "too wide", "beyond float16"])
+def test_other_levels_have_no_parts(kind: str) -> None:
+    alpha = {
+        "four numbers": [[1, 0.5]],
+        "float32": [[1 / 3, 0.1]],
+        "too wide": [[1024, 2.0**-13]],
+        "beyond float16": [[1e6, 1]],
+    }[kind]
+    levels = binary_levels(np.array(alpha, np.float32), np.zeros(1, np.float32))
+    levels = levels + np.array([[0, 1, 0, 0]], np.float32) * (kind == "four numbers")
+    assert binary_parts(levels.astype(np.float32)) is None
