@@ -83,7 +83,7 @@ def test_outputs_come_closer_with_each_part(
     texts = (
         "clip-weights,round-gptq",
         FIRST + "round-uniquanf{steps=0}",
-        FIRST + "round-uniquanf{steps=80,codes-rate=0.02}",
+        FIRST + "round-uniquanf{codes-rate=0.02}",
     )
     made = [compiled(model, ctx, text) for text in texts]
     errors = [np.square(outputs(m.model, ctx) - truth).sum() for m in made]
