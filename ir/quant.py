@@ -229,6 +229,14 @@ def turned(spec: QuantSpec) -> QuantSpec:
     return spec
 
 
+def turned_params(params: QuantParams) -> QuantParams:
+    """The parameters of a matrix for its transpose."""
+    spec = turned(params.spec)
+    if not isinstance(spec.granularity, PerBlock):
+        return replace(params, spec=spec)
+    return QuantParams(spec, params.scale.T, params.zero_point.T)
+
+
 def round_weight(weight: NDArray[np.floating], spec: QuantSpec) -> NDArray[np.float32]:
     """The weight that is left of `weight` when it is rounded to the nearest codes of `spec`."""
     params = params_for_weight(weight, fitted(spec, weight.shape))

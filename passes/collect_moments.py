@@ -31,12 +31,14 @@ if TYPE_CHECKING:
     from octavo.passes.base import PassContext
 
     Array = NDArray[np.generic]
+    Float32 = NDArray[np.float32]
 
 # Columns per entry of a column that are enough, all samples together.
 _COLUMNS_PER_ENTRY = 32
 _LEAST_PER_SAMPLE = 32
 # As many rows are summed in float32 before their sum joins the float64 one.
 _ROWS_AT_ONCE = 8192
+_TINY = 1e-30
 
 
 @final
@@ -51,6 +53,7 @@ class CollectMoments(Pass):
     **Why.** ‖ΔW·X‖² = tr(ΔW·C·ΔWᵀ): rounding, repair and pruning of a layer need no other data.
     **When it does not apply.** No calibration data: a note, and no moments. Embeddings multiply
     nothing.
+    Columns much longer than all others are shortened: massive first tokens would hide the rest.
     **Cost and accuracy.** One float inference and one product per layer. Of every sample at most
     `rows` random columns count, and fewer where 32 columns per entry are reached without. The
     model runs from operand to operand: one of them and one float64 sum are in memory at a time.
@@ -139,6 +142,21 @@ def enough_columns(width: int, samples: int, rows: int = 512) -> int:
     return min(rows, max(_LEAST_PER_SAMPLE, enough))
 
 
+def tempered(columns: Float32) -> Float32:
+    """Columns `[groups, samples, K]`, none of them longer than twice the 90th percentile.
+
+    The first token of a decoder can be a thousand times as long as any other: unbounded, C would
+    say nothing of the others.
+    """
+    length = np.sqrt(np.einsum("gsk,gsk->gs", columns, columns))
+    most = 2 * np.quantile(length, 0.9, axis=1, keepdims=True)
+    factor = np.where(length > most, most / np.maximum(length, _TINY), 1.0)
+    if np.all(factor == 1) or not np.all(most > 0):
+        return columns
+    found: Float32 = columns * factor[..., None].astype(np.float32)
+    return found
+
+
 def _moment(probe: _Probe, walk: OperandWalk, rows: int, path: Path) -> Moment | None:
     """The moment of a value that the walk has reached, with C in a file."""
     matrix, feeds = probe.matrix, walk.walk.feeds
@@ -152,7 +170,7 @@ def _moment(probe: _Probe, walk: OperandWalk, rows: int, path: Path) -> Moment |
         if not math.isfinite(float(x.max()) + float(x.min())):
             raise _not_finite(probe)
         limit = enough_columns(matrix.width, count, rows) * samples_of(feed)
-        columns = matrix.columns(x, limit, at)
+        columns = tempered(matrix.columns(x, limit, at))
         for start in range(0, columns.shape[1], _ROWS_AT_ONCE):
             part = columns[:, start : start + _ROWS_AT_ONCE]
             second += np.matmul(part.transpose(0, 2, 1), part)

@@ -11,7 +11,7 @@ import numpy as np
 from octavo.ir.facts import Fact
 from octavo.ir.fake_quant import set_rounded
 from octavo.ir.moments import Moments
-from octavo.ir.quant import dequantize, quantize
+from octavo.ir.quant import dequantize, quantize, turned_params
 from octavo.passes.base import Pass
 from octavo.passes.clip_search import clipped_params
 from octavo.passes.float_moments import float_moments, float_sight
@@ -111,17 +111,19 @@ class RoundGptq(Pass):
             ctx.remark("missed", name, why)
             return
         matrix, second = sighted.matrix, sighted.second
-        weight = quantizer.original()
+        weight = quantizer.as_read(quantizer.original())
         target = sighted.target(matrix.rows(weight))
         options = GptqOptions(self.damping, self.act_order, self.refit, self.ranges)
-        made = gptq_weight(weight, quantizer.params, matrix, second, options, target)
+        made = gptq_weight(weight, quantizer.params_as_read, matrix, second, options, target)
         whole = output_error(target, None, second) or 1.0
-        before = output_error(target, matrix.rows(quantizer.rounded()), second) / whole
+        present = quantizer.as_read(quantizer.rounded())
+        before = output_error(target, matrix.rows(present), second) / whole
         after = made.after / whole
         if not after < before:
             ctx.remark("missed", name, "no rounding is better", before=before, after=after)
             return
-        set_rounded(model.graph, quantizer.fake, made.rounded, made.params)
+        params = turned_params(made.params) if quantizer.turned else made.params
+        set_rounded(model.graph, quantizer.fake, quantizer.as_read(made.rounded), params)
         text = f"output error {before:.3e} before, {after:.3e} after"
         ctx.remark("applied", name, text, before=before, after=after)
         ctx.count("weights rounded")
