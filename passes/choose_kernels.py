@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, final
 
 from octavo.ir.constants import constant_behind
+from octavo.ir.errors import UsageError
 from octavo.ir.facts import FLOAT, Choice, Fact, Option, Plan
 from octavo.ir.quant import PerAxis, PerBlock, PerTensor, QuantSpec
 from octavo.passes.base import Pass, Statistic
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _RECURRENT = ("LSTM", "GRU", "RNN")
 _UNPACKING_BYTES = 2000
+_BYTE = 8
 # Shares of all float seconds that an integer kernel has to save to be worth its error: nothing
 # averages that of a graph output, and every quantizer in front of a region adds one.
 _OUTPUT_GAIN = 0.02
@@ -70,6 +72,9 @@ class ChooseKernels(Pass):
         return tuple(Statistic("range", name) for name in static_values(model, ctx.target))
 
     def run(self, model: Model, ctx: PassContext) -> Model:
+        if not 1 <= self.bits <= _BYTE:
+            message = f"weights of {self.bits} bits cannot be stored"
+            raise UsageError(message, hint="give choose-kernels{bits=…} from 1 to 8")
         kept = select(model, self.keep_float)
         chains = static_chains(model, ctx, kept) if self.static else {}
         total = sum(ctx.cost.seconds(node, "float") or 0.0 for node in model.graph)
@@ -105,12 +110,22 @@ class ChooseKernels(Pass):
             small = f"{reason}; too few weights to shrink" if stored else reason
             return Choice(FLOAT, small, _named(seconds)) if stored or candidate else None
         method = min(seconds, key=lambda m: seconds[m])
+        if self._embeds_in_blocks(node, ctx):
+            method, reason = "weight-only", "few bits in blocks, as a head that is tied to it reads"
         row = ctx.target.support(node, method).row if method != "float" else None
         if row is not None:
             return Choice(self._option(row, node, method, ctx), reason, _named(seconds))
         if not self.storage:
             return Choice(FLOAT, reason, _named(seconds))
         return Choice(self._option(stored, node, "storage", ctx), reason, _named(seconds))
+
+    def _embeds_in_blocks(self, node: onnx_ir.Node, ctx: PassContext) -> bool:
+        """Whether a table is looked up in blocks: slower, but close with few bits, and shared."""
+        if node.op_type != "Gather" or not self.weight_only or self.bits == _BYTE:
+            return False
+        row = ctx.target.support(node, "weight-only").row
+        width = node.inputs[0].shape[1] if row is not None and node.inputs[0] is not None else 0
+        return isinstance(width, int) and width > 0 and width % self.block_size == 0
 
     def _seconds(self, node: onnx_ir.Node, ctx: PassContext, total: float) -> dict[Method, float]:
         """Seconds of every option but static that is allowed, `total` being the whole graph's."""
@@ -134,7 +149,8 @@ class ChooseKernels(Pass):
         if method == "weight-only":
             blocks = PerBlock(1 - row.weight_axis, self.block_size)
             dtype: QuantType = f"s{self.bits}"  # type: ignore[assignment]
-            return Option(method, QuantSpec(dtype, blocks, symmetric=True))
+            half = self.bits < _BYTE
+            return Option(method, QuantSpec(dtype, blocks, symmetric=True, half_scales=half))
         spec = _weight_spec(row, node, self.bits)
         return Option(method, spec if method == "storage" else _computed(spec, ctx.target))
 

@@ -12,12 +12,14 @@ if TYPE_CHECKING:
 PRESETS: Mapping[str, str] = {
     "int8": "canonicalize,calibrate,choose-kernels,place-quantizers,insert-fake-quant",
     "mixed": (
-        "canonicalize,halve-constants,calibrate,offer-options,sensitivity,allocate,refine,"
-        "place-quantizers,insert-fake-quant"
+        "canonicalize,fold-scales,halve-constants,calibrate,collect-moments,offer-options,"
+        "sensitivity{rounding=gptq},allocate,refine,place-quantizers,insert-fake-quant,"
+        "clip-weights,round-gptq,match-moments"
     ),
     "int4": (
-        "canonicalize,fold-scales,calibrate,collect-moments,choose-kernels{bits=4},"
-        "place-quantizers,insert-fake-quant,clip-weights,round-gptq"
+        "canonicalize,fold-scales,halve-constants,calibrate,collect-moments,"
+        "choose-kernels{bits=4,block-size=64},place-quantizers,insert-fake-quant,clip-weights,"
+        "round-gptq,match-moments"
     ),
     "int8-dynamic": "canonicalize,choose-kernels,insert-fake-quant",
 }
