@@ -269,6 +269,9 @@ def _shape(value: onnx_ir.Value | None) -> tuple[int, ...]:
     made = value.producer() if value is not None else None
     if made is not None and made.domain == DOMAIN:
         return _shape(made.inputs[0])
+    table = made.inputs[0] if made is not None and made.op_type == "Transpose" else None
+    if table is not None and table.producer() is not None:
+        return _shape(table)[::-1]
     tensor = constant_behind(value)
     if value is None or tensor is None:
         return ()

@@ -1,0 +1,102 @@
+"""A table that is looked up and multiplied is rounded by what its head multiplies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx.helper
+import onnx.numpy_helper
+import pytest
+
+from octavo.backends.ort_lowering import lower
+from octavo.backends.ort_session import make_session
+from octavo.ir.model import Model
+from octavo.ir.moments import Moments
+from octavo.ir.read import read
+from octavo.passes.base import PassContext
+from octavo.passes.collect_moments import tempered
+from octavo.passes.pipeline import Pipeline
+from octavo.passes.weight_quantizers import weight_quantizers
+
+Calibrated = Callable[..., PassContext]
+_VOCABULARY, _WIDTH = 96, 64
+_PLANNED = (
+    "canonicalize,collect-moments,choose-kernels{bits=4,weight-only=true,static=false,"
+    "block-size=32},insert-fake-quant"
+)
+
+
+@pytest.fixture
+def language_model() -> Model:
+    """Embedding, one layer, and a head that is the embedding turned."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        "table": rng.standard_t(4, (_VOCABULARY, _WIDTH)) / 8,
+        "w": rng.standard_normal((_WIDTH, _WIDTH)) / 8,
+    }
+    constants = [onnx.numpy_helper.from_array(a.astype(np.float32), n) for n, a in arrays.items()]
+    nodes = [
+        onnx.helper.make_node("Gather", ["table", "ids"], ["e"], "embed"),
+        onnx.helper.make_node("MatMul", ["e", "w"], ["a"], "layer"),
+        onnx.helper.make_node("Tanh", ["a"], ["h"], "tanh"),
+        onnx.helper.make_node("Transpose", ["table"], ["turned"], "turn", perm=[1, 0]),
+        onnx.helper.make_node("MatMul", ["h", "turned"], ["y"], "head"),
+    ]
+    ids = onnx.helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, [1, 24])
+    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1, 24, _VOCABULARY])
+    graph = onnx.helper.make_graph(nodes, "language", [ids], [y], constants)
+    opsets = [onnx.helper.make_opsetid("", 21)]
+    return read(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10))
+
+
+def test_the_head_decides_how_its_table_is_rounded(
+    language_model: Model, calibrated: Calibrated, tmp_path: Path
+) -> None:
+    ctx = _with_ids(calibrated(language_model))
+    planned = Pipeline.parse(_PLANNED).run(language_model, ctx).model
+    rounded = Pipeline.parse("round-gptq").run(planned, ctx).model
+    (before,) = (q for q in weight_quantizers(planned) if q.turned)
+    (after,) = (q for q in weight_quantizers(rounded) if q.turned)
+    moment = planned.fact(Moments).of("head", 1)
+    assert moment is not None
+    second = moment.matrix()[0].astype(np.float64)
+    errors = []
+    for quantizer in (before, after):
+        change = quantizer.rounded().astype(np.float64) - before.original()
+        errors.append(float(np.einsum("nk,kl,nl->", change, second, change)))
+    assert errors[1] < 0.7 * errors[0]
+    artifact = lower(rounded, tmp_path / "model.onnx")
+    names = [tensor.name for tensor in onnx.load(artifact.path).graph.initializer]
+    assert sum(name.startswith("table") and "scale" not in name for name in names) == 1
+    feed = {"ids": np.arange(24, dtype=np.int64)[None] * 3 % _VOCABULARY}
+    wanted = ctx.evaluator.load(rounded)(feed)["y"]
+    found = make_session(artifact.path, threads=1).run(feed)["y"]
+    # The kernel rounds activations to 8 bits in blocks.
+    assert np.abs(found - wanted).max() < 0.03 * np.abs(wanted).max()
+
+
+def test_columns_much_longer_than_the_others_are_shortened() -> None:
+    rng = np.random.default_rng(0)
+    columns = rng.standard_normal((1, 200, 16)).astype(np.float32)
+    assert tempered(columns) is columns
+    spiked = columns.copy()
+    spiked[0, 3] *= 1000
+    found = tempered(spiked)
+    length = np.linalg.norm(found[0], axis=1)
+    assert length[3] == pytest.approx(2 * np.quantile(np.linalg.norm(spiked[0], axis=1), 0.9))
+    np.testing.assert_array_equal(np.delete(found, 3, axis=1), np.delete(columns, 3, axis=1))
+    along = [array / np.linalg.norm(array) for array in (found[0, 3], columns[0, 3])]
+    np.testing.assert_allclose(*along, rtol=1e-5)
+    assert not tempered(np.zeros((1, 4, 3), np.float32)).any()
+
+
+def _with_ids(ctx: PassContext) -> PassContext:
+    """Calibration feeds of token ids that the table has."""
+    calibration: Any = ctx.calibration
+    rng = np.random.default_rng(1)
+    feeds = tuple({"ids": rng.integers(0, _VOCABULARY, (1, 24))} for _ in range(16))
+    return replace(ctx, calibration=replace(calibration, feeds=feeds))
