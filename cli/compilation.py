@@ -25,7 +25,7 @@ from octavo.cli.metric import labelled, named
 from octavo.cli.planned import Planner
 from octavo.cli.report_data import report_data
 from octavo.cli.request import DEFAULT_SIZE, Request
-from octavo.cli.requested_pipeline import pipeline_of
+from octavo.cli.requested_pipeline import pipeline_of, suited
 from octavo.ir.artifact import Artifact, Audit, Bench, Probes
 from octavo.ir.artifact_io import MODEL, Manifest, write_artifact
 from octavo.ir.cache import Cache
@@ -200,6 +200,7 @@ class _Given:
         pipeline = pipeline_of(request, calibration is not None)
         pipeline.check(())
         model = read(self.source)
+        pipeline = suited(pipeline, model, request)
         folder = self.workdir or Path(tempfile.mkdtemp(prefix="octavo-"))
         feed = bench_feed(model, calibration, request)
         with ThreadPoolExecutor(2) as executor:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from octavo.cli.request import Request
+from octavo.ir.constants import constant_behind
 from octavo.ir.errors import UsageError
 from octavo.passes.allocate import Allocate
 from octavo.passes.pipeline import Pipeline
-from octavo.passes.presets import preset
+from octavo.passes.presets import PRESETS, preset
 from octavo.passes.registry import PASSES
+
+if TYPE_CHECKING:
+    from octavo.ir.model import Model
 
 
 def pipeline_of(request: Request, calibrated: bool) -> Pipeline:
@@ -28,6 +34,33 @@ def pipeline_of(request: Request, calibrated: bool) -> Pipeline:
         message = "a recorded profile decides only where there is a budget"
         raise UsageError(message, hint="give a budget, as --size 20%, or --pipeline mixed")
     return _configured(pipeline, request)
+
+
+def suited(pipeline: Pipeline, model: Model, request: Request) -> Pipeline:
+    """The pipeline without static kernels where a preset meets a model that reads token ids.
+
+    Kernels that find ranges at run time are as fast on matrices of activations, and no range has
+    to be calibrated: a decoder has thousands.
+    """
+    if not _is_preset(request) or not _reads_tokens(model):
+        return pipeline
+    for name in ("choose-kernels", "offer-options"):
+        pipeline = pipeline.with_options(name, static=False)
+    return pipeline
+
+
+def _is_preset(request: Request) -> bool:
+    return not request.pipeline or request.pipeline in PRESETS
+
+
+def _reads_tokens(model: Model) -> bool:
+    """Whether a table is looked up by a graph input."""
+    return any(
+        node.op_type == "Gather" and node.inputs[0] is not None
+        and constant_behind(node.inputs[0]) is not None
+        and node.inputs[1] is not None and node.inputs[1].is_graph_input()
+        for node in model.graph
+    )  # fmt: skip
 
 
 def _check(request: Request) -> None:
