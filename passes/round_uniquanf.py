@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     Float64 = NDArray[np.float64]
 
 _WIDTHS = range(2, 7)
+_BYTE, _NUMBER_BITS = 8, 16
 # Levels this close to a grid, in its steps, are one: float16 tells no less apart.
 _EVEN = 1e-3
 
@@ -52,7 +53,7 @@ class RoundUniquanf(Pass):
     **Why.** Weights of a channel crowd around zero; at 2 and 3 bits even steps do not suit them.
     **When it does not apply.** Weights that integer kernels multiply (`round-nupes` is for them),
     blocks, one scale per tensor, widths beyond 2 to 6 bits, weights on a grid already, channels of
-    fewer than `least` weights, whose levels would take too large a share of the file.
+    so few weights that 8-bit codes take fewer bytes.
     **Cost and accuracy.** Some seconds per million weights for the levels, then `steps` batches
     per block, about `seconds` in all (0 learns nothing). A channel keeps its even codes where
     their error is not higher, a block what it had where its held-out error does not fall.
@@ -68,15 +69,14 @@ class RoundUniquanf(Pass):
     seconds: float = 300.0
     codes_rate: float = 0.005
     vectors_rate: float = 0.005
-    least: int = 64
     samples: int = 512
 
     def run(self, model: Model, ctx: PassContext) -> Model:
         quantizers = list(weight_quantizers(model))
-        usable = [q for q in quantizers if not _why_not(q, self.least)]
+        usable = [q for q in quantizers if not _why_not(q)]
         found = float_moments(model, ctx, usable, self.samples) or Moments({})
         for done, quantizer in enumerate(quantizers, start=1):
-            name, reason = quantizer.fake.name or "", _why_not(quantizer, self.least)
+            name, reason = quantizer.fake.name or "", _why_not(quantizer)
             if reason:
                 ctx.remark("missed", name, reason)
             else:
@@ -222,7 +222,7 @@ def _rows(weight: Float32, axis: int) -> Float32:
     return np.ascontiguousarray(moved.reshape(len(moved), -1), np.float32)
 
 
-def _why_not(quantizer: WeightQuantizer, least: int) -> str:
+def _why_not(quantizer: WeightQuantizer) -> str:
     """Why a weight has no levels, "" where it may."""
     spec, nodes = quantizer.params.spec, [node for node, _ in quantizer.readers]
     if spec.binary or spec.half or spec.index_bits is not None or not spec.signed:
@@ -239,4 +239,5 @@ def _why_not(quantizer: WeightQuantizer, least: int) -> str:
     if axis not in (0, stored.ndim - 1):
         return "levels belong to the first or the last axis, one channel each"
     width = stored.size // stored.shape[axis]
-    return f"a channel has {width} weights, its levels would take more" if width < least else ""
+    wide = bits * (width + _NUMBER_BITS) > _BYTE * width
+    return f"{width} weights a channel: 8-bit codes take less than its levels" if wide else ""

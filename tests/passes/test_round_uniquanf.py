@@ -192,14 +192,24 @@ def test_what_it_leaves_alone(
     assert made.model.fingerprint == before.fingerprint
 
 
-@pytest.mark.parametrize("width", [1, 2, 63])
+@pytest.mark.parametrize("width", [1, 2, 9, 10])
 def test_small_channels_keep_their_codes(width: int, pass_context: PassContext) -> None:
+    """3 bits and four float16 numbers against 8 bits and a float16 scale: from 10 weights on."""
     weights = {"w": weight_of(width, 64), "v": weight_of(64, 6)}
-    made = compiled(model_of(weights), pass_context, "round-uniquanf{steps=0}")
-    assert [q.fake.name for q in weight_quantizers(made.model)] == ["w_storage"]
-    tiny = compiled(model_of(weights), pass_context, "round-uniquanf{steps=0,least=1}").model
-    found = [levels_of(n)[0] for n in tiny.graph if n.op_type == OP_TYPE]
-    assert all(np.all(np.isfinite(weight)) for weight in found)
+    made = compiled(model_of(weights), pass_context, "round-uniquanf{steps=0}").model
+    kept = [q.fake.name for q in weight_quantizers(made)]
+    assert kept == (["w_storage"] if width < 10 else [])
+    assert width * (8 - 3) < 3 * 16 or not kept
+
+
+@pytest.mark.parametrize("shape", [(80, 1), (10, 1)])
+def test_one_row(shape: tuple[int, int], pass_context: PassContext) -> None:
+    weights = {"w": weight_of(*shape), "v": weight_of(1, 6)}
+    made = compiled(model_of(weights), pass_context, "round-uniquanf{steps=0}").model
+    (node,) = (n for n in made.graph if n.op_type == OP_TYPE)
+    weight, levels = levels_of(node)
+    assert levels.shape == (1, 8)
+    assert np.isin(weight, levels).all()
 
 
 @pytest.mark.parametrize("number", [0.0, -0.3])
