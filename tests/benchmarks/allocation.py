@@ -145,7 +145,10 @@ class Comparison:
         path = case.model()
         source = read(path)
         calibration, feeds, task = held_out_data(case, path, source, ctx.workdir)
-        offers = OfferOptions(bits=_WIDTHS, static=False, dynamic=False, weight_only=False)
+        offers = OfferOptions(
+            bits=_WIDTHS, static=False, dynamic=False, weight_only=False,
+            float16=False, half_scales=False,
+        )  # fmt: skip
         ctx = replace(ctx, calibration=calibration)
         model = Pipeline((Canonicalize(), offers)).run(source, ctx).model
         return Comparison(model, ctx, HeldOut.of(source, ctx, feeds, task))
