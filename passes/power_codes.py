@@ -24,7 +24,7 @@ _COARSE = 14
 _GOLDEN = (5**0.5 - 1) / 2
 _GOLDEN_STEPS = 8
 _RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
-_SAMPLE = 1 << 17
+_SAMPLE = 1 << 15
 _ROUNDS = 20
 _TINY = float(np.finfo(np.float32).tiny)
 

@@ -50,8 +50,8 @@ class RoundNupes(Pass):
     **Why.** Most weights are small, and an even grid spends half of its codes on few large ones.
     **When it does not apply.** Kernels that read blocks of 2, 4 or 8 bits; binary and float16
     weights; weights on a grid already.
-    **Cost and accuracy.** The operations of `round-gptq`, and a second per million weights for
-    the table. A weight keeps its even codes where a table gains less than 1 %.
+    **Cost and accuracy.** What `round-gptq` takes, and about a second per weight for its
+    table. A weight keeps its even codes where a table gains less than 1 %.
     """
 
     name = "round-nupes"
