@@ -81,7 +81,7 @@ def test_factors_disappear_into_alpha_and_offset(shape: tuple[int, ...], axis: i
 def test_gradients_stop_far_from_a_level() -> None:
     """Inside the smallest |α| the gradient of a weight's factor passes, outside it does not."""
     weight = coded((5, 40), 0)
-    weight.soft().sum().backward()
+    weight.soft().sum().backward()  # type: ignore[no-untyped-call]
     _, factors, grown, shift = weight.code_variables()
     real = weight.real
     levels = (weight.alpha @ weight.signs + weight.offset[:, None]).gather(1, weight.number)

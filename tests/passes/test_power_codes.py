@@ -33,7 +33,8 @@ def normal(*shape: int, seed: int = 0) -> Float32:
 def nearest(rows: Float32, scale: Float32, table: Float32) -> Float32:
     """Over all entries, not by their bounds."""
     distance = np.abs(rows[..., None] - scale[:, None, None] * table)
-    return scale[:, None] * table[distance.argmin(axis=-1)]
+    found: Float32 = scale[:, None] * table[distance.argmin(axis=-1)]
+    return found
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

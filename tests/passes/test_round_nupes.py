@@ -129,7 +129,7 @@ def test_the_file_holds_indices_and_one_table(
         assert any(np.array_equal(array, s) and array.dtype == s.dtype for s in stored.values())
     assert sum(a.nbytes for a in packed if a.dtype == np.uint8) <= -(-40 * 24 * bits // 8) + 1
     x = np.random.default_rng(1).standard_normal((5, 40)).astype(np.float32)
-    found = make_session(artifact.path, threads=1).run({"x": x})["y"]
+    found = make_session(artifact.path, threads=1).run({"x": x})["y"].astype(np.float64)
     truth = x.astype(np.float64) @ dequantize(codes, params).astype(np.float64)
     np.testing.assert_allclose(found, truth, rtol=0, atol=1e-5 * np.abs(truth).max())
 

@@ -120,7 +120,7 @@ def test_the_runtime_multiplies_the_levels(
     weights = [levels_of(n)[0] for n in made.graph if n.op_type == OP_TYPE]
     artifact = lower(made, tmp_path / "m.onnx")
     x = np.random.default_rng(1).standard_normal((5, 80)).astype(np.float32)
-    found = make_session(artifact.path, threads=1).run({"x": x})["z"]
+    found = make_session(artifact.path, threads=1).run({"x": x})["z"].astype(np.float64)
     hidden = np.maximum(x.astype(np.float64) @ weights[0], 0)
     np.testing.assert_allclose(found, np.tanh(hidden @ weights[1]), rtol=0, atol=1e-5)
     stored = {t.name: numpy_helper.to_array(t) for t in onnx.load(artifact.path).graph.initializer}
@@ -145,7 +145,7 @@ def test_levels_that_are_a_grid_are_codes(offset: int) -> None:
     """α = 2^(k-2-i)·Δ with codes that the spec has; shifted by half a step there are none."""
     scale = np.array([0.25, 0.5], np.float32)
     coding = uniform_coding(scale, np.zeros(2, np.float32), 3)
-    moved = Coding(coding.alpha, coding.offset + scale / 2 * offset)
+    moved = Coding(coding.alpha, coding.offset + scale * np.float32(offset / 2))
     codes = np.array([[-3, 0, 3], [1, 2, -1]], np.float32)
     rows = (codes + offset / 2) * scale[:, None]
     present = QuantParams(COLUMNS, np.ones(2, np.float32), np.zeros(2, np.int32))
