@@ -193,9 +193,15 @@ class _Study:
             return dict.fromkeys(job.trials, Damage(0.0))
         run = self.ctx.evaluator.load(job.suffix.runnable(job.constants))
         rows: dict[str, list[NDArray[np.float64]]] = {name: [] for name in job.trials}
+        kept: dict[str, Values] = {}
         for chunk in self._chunks(job):
             for name, trial in job.trials.items():
-                weights = {**job.constants, **trial.weights()}
+                weights = kept.get(name) or {**job.constants, **trial.weights()}
+                if (
+                    sum(a.nbytes for w in (*kept.values(), weights) for a in w.values())
+                    < _KEPT_BYTES
+                ):
+                    kept[name] = weights
                 for index, fed in chunk:
                     outputs = run({**fed, **weights, **trial.activations(fed)})
                     count = samples_of(self.feeds[index])

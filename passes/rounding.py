@@ -6,20 +6,25 @@ spec, and gives the weight that is left.
 
 from __future__ import annotations
 
+import hashlib
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from octavo.ir.arrays_io import StoredArray
 from octavo.ir.moments import Moments, WeightRounding
-from octavo.ir.quant import dequantize, fitted, params_for_weight, quantize, round_weight
+from octavo.ir.quant import QuantParams, dequantize, fitted, quantize, round_weight
 from octavo.passes.clip_search import clipped_params
 from octavo.passes.collect_moments import collected, quantizable
-from octavo.passes.gptq_weight import gptq_weight
+from octavo.passes.gptq_weight import GptqOptions, gptq_weight
 from octavo.passes.weight_matrix import WeightMatrix
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import onnx_ir
     from numpy.typing import NDArray
 
@@ -27,6 +32,7 @@ if TYPE_CHECKING:
     from octavo.ir.moments import RoundingMethod
     from octavo.ir.quant import QuantSpec
     from octavo.passes.base import PassContext
+    from octavo.passes.gptq_weight import Rounding
 
 Rounder = Callable[
     ["onnx_ir.Node", int, "NDArray[np.floating[Any]]", "QuantSpec"], "NDArray[np.float32]"
@@ -90,5 +96,38 @@ def _gptq(
     if moment is None or spec.half or spec.index_bits:
         return _clipped(node, index, weight, spec)
     own = np.asarray(weight, np.float32)
-    params = params_for_weight(own, fitted(spec, own.shape))
-    return gptq_weight(own, params, WeightMatrix.of(node, index), moment.matrix()).rounded
+    if not isinstance(moment.second, StoredArray):
+        return _rounded(own, WeightMatrix.of(node, index), moment.matrix(), spec).rounded
+    # A plan asks for the same rounding when it is measured, estimated and refined.
+    known = moment.second.path.with_suffix(f".{_digest(own, node, index, spec)}.npz")
+    if not known.exists():
+        _store(known, _rounded(own, WeightMatrix.of(node, index), moment.matrix(), spec))
+    with np.load(known) as stored:
+        params = QuantParams(fitted(spec, own.shape), stored["scale"], stored["zero_point"])
+        return dequantize(stored["codes"], params)
+
+
+def _rounded(
+    weight: NDArray[np.float32],
+    matrix: WeightMatrix,
+    second: NDArray[np.float32],
+    spec: QuantSpec,
+) -> Rounding:
+    """GPTQ on the clipped range alone; `round-gptq` tries more of them once the plan is made."""
+    params = clipped_params(weight, fitted(spec, weight.shape))
+    return gptq_weight(weight, params, matrix, second, GptqOptions(ranges=1))
+
+
+def _store(path: Path, found: Rounding) -> None:
+    """Codes, scales and zero points; whole or not at all, as threads may look for the same."""
+    params = found.params
+    partial = path.with_suffix(f".{threading.get_ident()}.npz")
+    codes = quantize(found.rounded, params)
+    np.savez(partial, codes=codes, scale=params.scale, zero_point=params.zero_point)
+    partial.replace(path)
+
+
+def _digest(weight: NDArray[np.float32], node: onnx_ir.Node, index: int, spec: QuantSpec) -> str:
+    digest = hashlib.sha256(f"{node.name} {index} {spec!r}".encode())
+    digest.update(np.ascontiguousarray(weight).data)
+    return digest.hexdigest()[:16]
