@@ -35,6 +35,7 @@ _BYTE = 8
 # A table and the nodes that read it take bytes, and must gain something.
 _WORTH = 0.99
 _THREE_CODES = 2
+_TINY = float(np.finfo(np.float32).tiny)
 
 
 @final
@@ -118,6 +119,11 @@ class RoundNupes(Pass):
             diagonal = np.einsum("gkk->gk", sighted.second)[:, None]
             wide = np.broadcast_to(diagonal, sighted.matrix.rows(weight).shape)
             importance = _rows(sighted.matrix.restore(wide), spec)
+        # Every row counts by its relative error: the next layers may read any of them.
+        power = np.square(rows) if importance is None else np.square(rows) * importance
+        whole = power.sum(axis=1, keepdims=True)
+        share = np.divide(1, whole, out=np.zeros_like(whole), where=whole > _TINY)
+        importance = share * (np.ones_like(rows) if importance is None else importance)
         if self.table == "power":
             exponent, made = best_power(rows, spec.index_bits, spec.qmax, importance)
             return f"exponent {exponent:.2f}", made
