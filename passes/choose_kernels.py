@@ -123,9 +123,10 @@ class ChooseKernels(Pass):
         """Whether a table is looked up in blocks: slower, but close with few bits, and shared."""
         if node.op_type != "Gather" or not self.weight_only or self.bits == _BYTE:
             return False
-        row = ctx.target.support(node, "weight-only").row
-        width = node.inputs[0].shape[1] if row is not None and node.inputs[0] is not None else 0
-        return isinstance(width, int) and width > 0 and width % self.block_size == 0
+        if ctx.target.support(node, "weight-only").row is None:
+            return False
+        table = constant_behind(node.inputs[0])
+        return table is not None and table.shape.numpy()[1] % self.block_size == 0
 
     def _seconds(self, node: onnx_ir.Node, ctx: PassContext, total: float) -> dict[Method, float]:
         """Seconds of every option but static that is allowed, `total` being the whole graph's."""

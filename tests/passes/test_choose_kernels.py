@@ -15,6 +15,8 @@ from onnx import numpy_helper
 from octavo.ir.errors import UsageError
 from octavo.ir.facts import Plan
 from octavo.ir.read import read
+from octavo.models import shipped
+from octavo.passes.choose_kernels import ChooseKernels
 from octavo.passes.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -218,3 +220,26 @@ def test_it_asks_for_the_ranges_kernels_need_and_changes_nothing(calibrated: Cal
     assert found.model.fingerprint == model.fingerprint
     plan = found.model.fact(Plan)
     assert found.records[-1].counters == dict(sorted(Counter(methods(plan).values()).items()))
+
+
+@pytest.mark.parametrize("bits", [0, 9])
+def test_weights_of_no_such_width_are_refused(bits: int, pass_context: PassContext) -> None:
+    with pytest.raises(UsageError, match=f"weights of {bits} bits"):
+        Pipeline((ChooseKernels(bits=bits),)).run(read(shipped("fashion-mobile")), pass_context)
+
+
+def test_few_bits_change_the_file_and_not_the_kernels(
+    calibrated: Callable[..., PassContext],
+) -> None:
+    model = read(shipped("fashion-resnet"))
+    ctx = calibrated(model)
+    plans = [
+        Pipeline.parse(f"canonicalize,calibrate,choose-kernels{{bits={bits}}}").run(model, ctx)
+        for bits in (8, 4)
+    ]
+    eight, four = (found.model.fact(Plan).by_node for found in plans)
+    assert {n: c.option.method for n, c in eight.items()} == {
+        n: c.option.method for n, c in four.items()
+    }
+    widths = {c.option.weight.bits for c in four.values() if c.option.weight is not None}
+    assert widths == {4}
