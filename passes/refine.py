@@ -143,7 +143,10 @@ class Refine(Pass):
         batches = ctx.calibration or ctx.stand_in
         assert batches is not None
         limits = hard_limits(model.fact(Solution))
-        others = starts(model, ctx, batches, self.starts, self.metric, levels, limits, start)
+        # A model too large to be measured is too large for gradients of 64 samples.
+        measured = model.fact(Sensitivity).estimator != "scaled-error"
+        names = self.starts if measured else ()
+        others = starts(model, ctx, batches, names, self.metric, levels, limits, start)
         known = {"the plan": start, **dict(others)}
         values = dict(zip(known, trial.fitness(list(known.values()), 2), strict=True))
         best = min(values, key=values.__getitem__)
