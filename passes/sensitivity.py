@@ -31,7 +31,8 @@ class AnalyseSensitivity(Pass):
     output, or the weights alone. `auto` is `measured` where that takes no more than
     `measurable-macs` multiply-accumulates, and `scaled-error` beyond.
     **Why.** Layers differ by orders of magnitude in what their rounding does to the outputs.
-    `rounding` is how offers round weights here and in `refine`: as they are rounded in the end.
+    `rounding` is how offers round weights here and in `refine`: as they are rounded in the end,
+    but to nearest where `auto` does not measure.
     **When it does not apply.** No calibration data: random numbers are used, and a note says so.
     **Cost and accuracy.** Changes nothing by itself. Every damage comes with its standard error
     over samples; damages of several groups are assumed to add, which `refine` checks.
@@ -56,12 +57,17 @@ class AnalyseSensitivity(Pass):
             raise UsageError(message, hint="give --calibration")
         if ctx.calibration is None:
             ctx.remark("note", "", "no calibration data: damage is estimated on random numbers")
-        model = with_rounding(model, ctx, self.rounding)
-        find = estimator(self._chosen(model, ctx, batches))
-        found = find(model, ctx, batches, self.samples, self.metric)
+        name = self._chosen(model, ctx, batches)
+        # Where measuring is too dear, rounding every offer as in the end is dearer still.
+        model = with_rounding(model, ctx, "nearest" if name != self._asked else self.rounding)
+        found = estimator(name)(model, ctx, batches, self.samples, self.metric)
         ctx.count("samples", found.samples)
         ctx.remark("note", "", f"{found.estimator}: {found.metric}, {found.samples} samples")
         return model.with_fact(found)
+
+    @property
+    def _asked(self) -> str:
+        return "measured" if self.estimator == "auto" else self.estimator
 
     def _chosen(self, model: Model, ctx: PassContext, batches: Batches) -> str:
         """The estimator, by the work of measuring all offers: clocks must not decide a plan."""
