@@ -38,6 +38,9 @@ Rounder = Callable[
     ["onnx_ir.Node", int, "NDArray[np.floating[Any]]", "QuantSpec"], "NDArray[np.float32]"
 ]
 
+# Ranges that are tried while a plan is sought; `clip-weights` tries more of them in the end.
+_STEPS = 12
+
 
 def with_rounding(model: Model, ctx: PassContext, method: RoundingMethod) -> Model:
     """The model with the fact that says how offers are rounded, and the moments that needs.
@@ -80,7 +83,7 @@ def nearest(
 def _clipped(
     node: onnx_ir.Node, index: int, weight: NDArray[np.floating], spec: QuantSpec
 ) -> NDArray[np.float32]:
-    params = clipped_params(weight, spec)
+    params = clipped_params(weight, spec, steps=_STEPS)
     return dequantize(quantize(weight, params), params)
 
 
@@ -114,7 +117,7 @@ def _rounded(
     spec: QuantSpec,
 ) -> Rounding:
     """GPTQ on the clipped range alone; `round-gptq` tries more of them once the plan is made."""
-    params = clipped_params(weight, fitted(spec, weight.shape))
+    params = clipped_params(weight, fitted(spec, weight.shape), steps=_STEPS)
     return gptq_weight(weight, params, matrix, second, GptqOptions(ranges=1))
 
 

@@ -45,7 +45,11 @@ def rounded_in_the_end(model: Model, ctx: PassContext, text: str) -> dict[str, N
 
 @pytest.mark.parametrize(
     ("method", "text"),
-    [("nearest", ""), ("clip", ",clip-weights"), ("gptq", ",clip-weights,round-gptq{ranges=1}")],
+    [
+        ("nearest", ""),
+        ("clip", ",clip-weights{steps=12}"),
+        ("gptq", ",clip-weights{steps=12},round-gptq{ranges=1}"),
+    ],
 )
 def test_offers_round_as_the_passes_do(
     method: RoundingMethod, text: str, tiny_model: Model, calibrated: Callable[..., PassContext]
