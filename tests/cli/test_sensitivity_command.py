@@ -170,7 +170,7 @@ def test_models_without_gradients(octavo: Octavo, tmp_path: Path) -> None:
     assert "measured, layer-error" in outcome.err
     content = json.loads(octavo("sensitivity", path, "--estimator", "all", "--json").out)
     names = [row["estimator"] for row in content["estimators"]]
-    assert names == ["measured", "layer-error", "weight-error", "lim", "zd"]
+    assert names == ["measured", "scaled-error", "layer-error", "weight-error", "lim", "zd"]
     assert [note.partition(":")[0] for note in content["notes"][1:]] == [
         "fisher", "lampq", "hessian",
     ]  # fmt: skip

@@ -17,12 +17,14 @@ from octavo.ir.facts import (
     FLOAT,
     Choice,
     Fact,
+    HalfConstants,
     Latencies,
     Norm,
     Norms,
     Option,
     Placement,
     Plan,
+    Portable,
     QuantizedInput,
     Range,
     Ranges,
@@ -61,6 +63,8 @@ EXAMPLES: dict[type[Fact], Fact] = {
         {"relu": "conv"},
     ),
     Latencies: Latencies({"conv": {"float": 1e-3, "static": 2e-4}}, 1e-10, 2e-10, "here"),
+    HalfConstants: HalfConstants(("positions", "types")),
+    Portable: Portable(),
     QuantizedInput: QuantizedInput(
         {"x": QuantParams(_U8, np.array(0.1, np.float32), np.array(3, np.int32))}
     ),
