@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -118,6 +119,13 @@ def test_integer_kernels_run_on_a_codebook(
     found = make_session(artifact.path, threads=1).run(_feed(name))["y"]
     truth = _truth(name, weight)
     if method == "static":
+        plain = _inserted(
+            name, replace(option, weight=replace(spec, index_bits=None)), pass_context
+        )
+        _with_codes(plain, 2**bits)
+        unpacked = lower(plain, tmp_path / "plain.onnx")
+        same = make_session(unpacked.path, threads=1).run(_feed(name))["y"]
+        np.testing.assert_array_equal(found, same)
         # Steps of the two quantizers, and that of the input multiplied by a row of weights.
         np.testing.assert_allclose(found, truth, rtol=0, atol=0.1 * np.abs(truth).max() + 18 / 255)
     else:
