@@ -23,7 +23,6 @@ from octavo.passes.planning import Planning
 from octavo.passes.programme import keeps
 from octavo.passes.rounded_model import RoundedModel
 from octavo.passes.rounding import rounding_of
-from octavo.passes.spec import format_pass
 from octavo.passes.starts import starts
 from octavo.passes.swaps import swapped
 
@@ -112,7 +111,7 @@ class Refine(Pass):
         """What the search depends on; its end depends on the clock, so it is remembered."""
         menu, solution = model.fact(Menu), model.fact(Solution)
         parts = (
-            model.fingerprint, batches.sha256, format_pass(self), repr(sorted(levels.items())),
+            model.fingerprint, batches.sha256, repr(self), repr(sorted(levels.items())),
             repr(sorted(names_of(menu, start).items())), repr(sorted(solution.limits.items())),
             repr(sorted(versions().items())), rounding_of(model),
         )  # fmt: skip
