@@ -17,13 +17,12 @@ from octavo.ir.errors import UsageError
 from octavo.ir.fake_quant import DOMAIN, constant, declare_functions
 from octavo.ir.file_bytes import node_bytes, tensor_bytes
 from octavo.ir.packing import codebook_size, packed_bytes, signed_indices
-from octavo.ir.quant import Entry, QuantSpec
+from octavo.ir.quant import Entry, QuantSpec, signed_type
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from octavo.ir.model import Model
-    from octavo.ir.quant import QuantType
 
 OP_TYPE = "FakeQuantLevels"
 # Names and the nodes that unpack, look up and reshape.
@@ -186,10 +185,9 @@ def stored_levels(
 
 def level_bytes(shape: tuple[int, ...], axis: int, bits: int, *, half: bool) -> int:
     """Bytes of the indices and levels of a weight in a file, within those of its nodes' names."""
-    dtype: QuantType = f"s{bits}"  # type: ignore[assignment]
     entries = shape[axis] * codebook_size(bits)
     table = tensor_bytes((shape[axis], codebook_size(bits)), entries * (2 if half else 4), 24)
-    codes = tensor_bytes((1,), packed_bytes(shape, QuantSpec(dtype)), 24)
+    codes = tensor_bytes((1,), packed_bytes(shape, QuantSpec(signed_type(bits))), 24)
     return codes + table + node_bytes("GatherElements", [24, 24], 24, {"axis": 1}) + _NODE_BYTES
 
 

@@ -127,6 +127,12 @@ class QuantSpec:
         return f"{self.dtype}/{self.granularity}{index}"
 
 
+def signed_type(bits: int) -> QuantType:
+    """The type of signed codes of 1 to 8 bits."""
+    found: QuantType = f"s{bits}"  # type: ignore[assignment]
+    return found
+
+
 @final
 @dataclass(frozen=True)
 class QuantParams:

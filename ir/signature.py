@@ -10,11 +10,11 @@ import onnx_ir
 from octavo.ir.constants import constant_behind
 from octavo.ir.facts import Option
 from octavo.ir.packing import kernel_bits
+from octavo.ir.quant import signed_type
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from octavo.ir.quant import QuantType
     from octavo.ir.shapes import Shape
 
 # Attributes by which an optimizer or an exporter labels a node; no kernel reads them.
@@ -49,7 +49,7 @@ def option_key(option: Option) -> str:
         return "float"
     if option.method != "weight-only" or option.weight is None:
         return option.method
-    read: QuantType = f"s{kernel_bits(option.weight.bits)}"  # type: ignore[assignment]
+    read = signed_type(kernel_bits(option.weight.bits))
     return str(replace(option, weight=replace(option.weight, dtype=read, index_bits=None)))
 
 

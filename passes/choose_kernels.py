@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, final
 from octavo.ir.constants import constant_behind
 from octavo.ir.errors import UsageError
 from octavo.ir.facts import FLOAT, Choice, Fact, Option, Plan
-from octavo.ir.quant import PerAxis, PerBlock, PerTensor, QuantSpec
+from octavo.ir.quant import PerAxis, PerBlock, PerTensor, QuantSpec, signed_type
 from octavo.passes.base import Pass, Statistic
 from octavo.passes.chains import bias_add, static_chains, static_values
 from octavo.passes.partition import Edge, Item, integer_side
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from octavo.ir.facts import Method
     from octavo.ir.model import Model
-    from octavo.ir.quant import QuantType
     from octavo.ir.target import KernelRow, Target
     from octavo.passes.base import PassContext
     from octavo.passes.chains import Chain
@@ -149,8 +148,8 @@ class ChooseKernels(Pass):
     ) -> Option:
         if method == "weight-only":
             blocks = PerBlock(1 - row.weight_axis, self.block_size)
-            dtype: QuantType = f"s{self.bits}"  # type: ignore[assignment]
             half = self.bits < _BYTE
+            dtype = signed_type(self.bits)
             return Option(method, QuantSpec(dtype, blocks, symmetric=True, half_scales=half))
         spec = _weight_spec(row, node, self.bits)
         return Option(method, spec if method == "storage" else _computed(spec, ctx.target))
@@ -209,7 +208,7 @@ def _computed(spec: QuantSpec, target: Target) -> QuantSpec:
 
 def _weight_spec(row: KernelRow, node: onnx_ir.Node, bits: int) -> QuantSpec:
     """One scale per output channel; recurrent weights one per row of every direction."""
-    dtype: QuantType = f"s{bits}"  # type: ignore[assignment]
+    dtype = signed_type(bits)
     weight = node.inputs[row.weights[0]]
     rank = weight.shape.rank() if weight is not None and weight.shape is not None else 0
     if node.op_type in _RECURRENT:

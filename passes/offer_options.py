@@ -14,7 +14,7 @@ from octavo.ir.facts import FLOAT, Fact, Option, Portable
 from octavo.ir.mapped import reading
 from octavo.ir.menu import Group, Menu, Offer
 from octavo.ir.option_bytes import each_weight_bytes, scale_count
-from octavo.ir.quant import PerAxis, PerBlock, PerTensor, QuantSpec, fitted
+from octavo.ir.quant import PerAxis, PerBlock, PerTensor, QuantSpec, fitted, signed_type
 from octavo.ir.target import Tie
 from octavo.passes.base import Pass, Statistic
 from octavo.passes.chains import static_chains, static_values
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from octavo.ir.facts import Method
     from octavo.ir.model import Model
-    from octavo.ir.quant import QuantType
     from octavo.ir.target import KernelRow
     from octavo.passes.base import PassContext
     from octavo.passes.chains import Chain
@@ -217,7 +216,7 @@ class _Maker:
         return Option(method, self._spec(row, node, bits, size) if row.weights else None)
 
     def _spec(self, row: KernelRow, node: onnx_ir.Node, bits: int, size: int) -> QuantSpec:
-        dtype: QuantType = f"s{bits}"  # type: ignore[assignment]
+        dtype = signed_type(bits)
         weight = node.inputs[row.weights[0]]
         rank = weight.shape.rank() if weight is not None and weight.shape is not None else 0
         if node.op_type in _RECURRENT:
