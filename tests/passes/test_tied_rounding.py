@@ -100,3 +100,20 @@ def _with_ids(ctx: PassContext) -> PassContext:
     rng = np.random.default_rng(1)
     feeds = tuple({"ids": rng.integers(0, _VOCABULARY, (1, 24))} for _ in range(16))
     return replace(ctx, calibration=replace(calibration, feeds=feeds))
+
+
+@pytest.mark.parametrize(
+    "text", ["clip-weights", "round-squant", "round-nupes", "round-uniquanf{steps=0}"]
+)
+def test_other_passes_leave_a_tied_table_well_formed(
+    text: str, language_model: Model, calibrated: Calibrated, tmp_path: Path
+) -> None:
+    ctx = _with_ids(calibrated(language_model))
+    planned = Pipeline.parse(_PLANNED).run(language_model, ctx).model
+    done = Pipeline.parse(text).run(planned, ctx).model
+    feed = {"ids": np.arange(24, dtype=np.int64)[None] * 3 % _VOCABULARY}
+    before, after = (ctx.evaluator.load(m)(feed)["y"] for m in (language_model, done))
+    nearest = ctx.evaluator.load(planned)(feed)["y"]
+    assert np.square(after - before).sum() < 1.5 * np.square(nearest - before).sum()
+    found = make_session(lower(done, tmp_path / "m.onnx").path, threads=1).run(feed)["y"]
+    assert np.abs(found - after).max() < 0.03 * np.abs(after).max()
