@@ -19,7 +19,7 @@ from octavo.passes.gptq import output_error
 from octavo.passes.gptq_weight import GptqOptions, gptq_weight
 from octavo.passes.sequential_moments import Sighted, prefix_moments
 from octavo.passes.weight_matrix import why_no_matrix
-from octavo.passes.weight_quantizers import WeightQuantizer, weight_quantizers
+from octavo.passes.weight_quantizers import WeightQuantizer, kept_on_grid, weight_quantizers
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -97,8 +97,7 @@ class RoundGptq(Pass):
         if exact is None:
             return False
         set_rounded(model.graph, quantizer.fake, weight, exact)
-        ctx.remark("note", name, "the weight is on a grid already and stays as it is")
-        ctx.count("weights on a grid")
+        kept_on_grid(ctx, name)
         return True
 
     def _round(

@@ -17,7 +17,7 @@ from octavo.passes.float_moments import float_moments, float_sight
 from octavo.passes.gptq import output_error
 from octavo.passes.gptq_weight import gptq_weight
 from octavo.passes.power_codes import best_centres, best_power, nearest_entries
-from octavo.passes.weight_quantizers import weight_quantizers
+from octavo.passes.weight_quantizers import kept_on_grid, weight_quantizers
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -79,8 +79,7 @@ class RoundNupes(Pass):
     ) -> None:
         name, weight, present = quantizer.fake.name or "", quantizer.original(), quantizer.rounded()
         if np.array_equal(weight, present):
-            ctx.remark("note", name, "the weight is on a grid already and stays as it is")
-            ctx.count("weights on a grid")
+            kept_on_grid(ctx, name)
             return
         spec = _indexed(quantizer.params.spec, ctx.target.weight_bits)
         how, rows = self._table(weight, spec, sighted)

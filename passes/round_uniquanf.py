@@ -20,7 +20,7 @@ from octavo.passes.round_learned import RoundLearned
 from octavo.passes.trainable import Trainable
 from octavo.passes.uniquanf import Coding, coded_rows, initial_coding, uniform_coding
 from octavo.passes.weight_matrix import Cells
-from octavo.passes.weight_quantizers import weight_quantizers
+from octavo.passes.weight_quantizers import kept_on_grid, weight_quantizers
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -97,8 +97,7 @@ def _code(
 ) -> None:
     name, weight, present = quantizer.fake.name or "", quantizer.original(), quantizer.rounded()
     if np.array_equal(weight, present):
-        ctx.remark("note", name, "the weight is on a grid already and stays as it is")
-        ctx.count("weights on a grid")
+        kept_on_grid(ctx, name)
         return
     channels = _Channels.of(quantizer, weight, sighted)
     rows, coding = channels.coded(present)

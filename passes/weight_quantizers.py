@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from octavo.ir.model import Model
     from octavo.ir.quant import QuantParams
+    from octavo.passes.base import PassContext
 
     Float32 = NDArray[np.float32]
 
@@ -74,6 +75,12 @@ class WeightQuantizer:
         assert value is not None
         assert value.const_value is not None
         return reading(value.const_value, lambda a: dequantize(quantize(a, params), params))
+
+
+def kept_on_grid(ctx: PassContext, name: str) -> None:
+    """Report a weight that was quantized before and loses nothing as it is."""
+    ctx.remark("note", name, "the weight is on a grid already and stays as it is")
+    ctx.count("weights on a grid")
 
 
 def weight_quantizers(model: Model) -> Iterator[WeightQuantizer]:
