@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -201,7 +202,7 @@ class _Given:
         pipeline.check(())
         model = read(self.source)
         pipeline = suited(pipeline, model, request)
-        folder = self.workdir or Path(tempfile.mkdtemp(prefix="octavo-"))
+        folder = self.workdir or _scratch()
         feed = bench_feed(model, calibration, request)
         with ThreadPoolExecutor(2) as executor:
             ctx = PassContext(
@@ -217,6 +218,13 @@ class _Given:
             )
             deciding, finish = Finishing.of(pipeline, self.instruments)
             yield _Job(request, model, deciding, ctx, feed, finish, self.progress)
+
+
+def _scratch() -> Path:
+    """A temporary folder that is removed when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="octavo-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @dataclass(frozen=True)

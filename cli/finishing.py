@@ -33,16 +33,17 @@ class Finishing:
 
     @staticmethod
     def of(whole: Pipeline, instruments: Sequence[Instrument]) -> tuple[Pipeline, Finishing]:
-        """The pipeline up to the quantizers, and the rest; its effect on the outputs is logged."""
+        """The pipeline up to the quantizers, and the rest."""
         names = [pass_.name for pass_ in whole.passes]
         at = names.index(_LAST) + 1 if _LAST in names else len(names)
         rest = Pipeline(whole.passes[at:], whole.first + at)
-        return Pipeline(whole.passes[:at], whole.first), Finishing(
-            rest, (*instruments, DamageLog())
-        )
+        return Pipeline(whole.passes[:at], whole.first), Finishing(rest, instruments)
 
     def __call__(self, candidate: Candidate, ctx: PassContext) -> Candidate:
-        """The candidate with the rest done to it; itself where nothing is left."""
+        """The candidate with the rest done to it; itself where nothing is left.
+
+        What every pass of the rest does to the outputs is logged.
+        """
         if not self.pipeline.passes:
             return candidate
         before = candidate.compilation

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, final
 
 import numpy as np
@@ -141,9 +142,14 @@ class _Search:
         """Steps between the ends of the grid, counted from zero where it is symmetric."""
         return self.spec.qmax - (0 if self.spec.symmetric else self.spec.qmin)
 
+    @cached_property
+    def _range(self) -> tuple[Float32, Float32]:
+        """The least and the largest entry of every row, and zero."""
+        return self.rows.min(axis=1, initial=0.0), self.rows.max(axis=1, initial=0.0)
+
     def _covering(self, levels: Float32) -> _Grid:
         """The grid on which the range of a row takes that many steps."""
-        low, high = self.rows.min(axis=1, initial=0.0), self.rows.max(axis=1, initial=0.0)
+        low, high = self._range
         span = np.maximum(high, -low) if self.spec.symmetric else high - low
         scale = np.asarray(span / levels, np.float32)
         scale = np.where(scale <= _TINY, np.float32(1), scale)

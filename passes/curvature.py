@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Literal, final
 
 import numpy as np
 
+from octavo.ir.arrays_io import read_arrays, write_arrays
+from octavo.ir.cache import cache_key
 from octavo.ir.calibration import first_samples, samples_of
 from octavo.ir.errors import NotDifferentiable
 from octavo.passes.activation_rounding import ActivationRounding
@@ -45,7 +47,7 @@ class Curvatures:
     """How to find second derivatives of a model's loss in the weights of its menu.
 
     `outputs` are the values that the loss is taken of. Of the data's labels those are used that
-    name a class for every row of the first output.
+    name a class for every row of the first output; `data` is the digest of the data.
     """
 
     model: Model
@@ -56,6 +58,7 @@ class Curvatures:
     likelihood: Literal["labels", "sampled", "gauss-newton"]
     labels: NDArray[np.generic] | None
     weights: frozenset[str]
+    data: str
 
     @staticmethod
     def of(
@@ -80,7 +83,9 @@ class Curvatures:
             likelihood = "gauss-newton" if logits is None else "sampled"
         groups = offered_roundings(model, ctx.target, ActivationRounding(ctx.evaluator)).values()
         weights = frozenset(name for group in groups for name, _ in initializers(group).values())
-        return Curvatures(model, ctx, feeds, damage, outputs, likelihood, labels, weights - {""})
+        return Curvatures(
+            model, ctx, feeds, damage, outputs, likelihood, labels, weights - {""}, batches.sha256
+        )
 
     @property
     def samples(self) -> int:
@@ -94,8 +99,29 @@ class Curvatures:
     def fisher(self) -> dict[str, Fisher]:
         """The Fisher diagonal of every weight that the outputs depend on, by initializer.
 
-        Raises NotDifferentiable.
+        Kept in the working folder: several estimators of one plan ask. Raises NotDifferentiable.
         """
+        from octavo.ir.torch_traces import Fisher
+
+        path = self.ctx.workdir / f"{self._key()}.npz"
+        if not path.exists():
+            made = self._fisher()
+            numbers = {name: np.array([f.trace, f.error, f.samples]) for name, f in made.items()}
+            diagonals = {f"{name} diagonal": f.diagonal for name, f in made.items()}
+            write_arrays(path, {**numbers, **diagonals})
+        stored = read_arrays(path)
+        return {
+            name: Fisher(stored[f"{name} diagonal"], *map(float, row[:2]), int(row[2]))
+            for name, row in stored.items()
+            if f"{name} diagonal" in stored
+        }
+
+    def _key(self) -> str:
+        read = (*self.outputs, *sorted(self.weights))
+        options = f"{self.samples} {self.likelihood} {self.ctx.seed}"
+        return cache_key("fisher", self.model.fingerprint, self.data, options, *read)
+
+    def _fisher(self) -> dict[str, Fisher]:
         from octavo.ir.torch_losses import one_thread
         from octavo.ir.torch_module import differentiable
         from octavo.ir.torch_traces import fisher_diagonal

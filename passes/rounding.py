@@ -83,6 +83,8 @@ def nearest(
 def _clipped(
     node: onnx_ir.Node, index: int, weight: NDArray[np.floating], spec: QuantSpec
 ) -> NDArray[np.float32]:
+    if spec.half:
+        return round_weight(weight, spec)
     params = clipped_params(weight, spec, steps=_STEPS)
     return dequantize(quantize(weight, params), params)
 
