@@ -111,7 +111,7 @@ class Curvatures:
             write_arrays(path, {**numbers, **diagonals})
         stored = read_arrays(path)
         return {
-            name: Fisher(stored[f"{name} diagonal"], *map(float, row[:2]), int(row[2]))
+            name: Fisher(stored[f"{name} diagonal"], float(row[0]), float(row[1]), int(row[2]))
             for name, row in stored.items()
             if f"{name} diagonal" in stored
         }
