@@ -54,9 +54,14 @@ class Moments(Fact):
 @final
 @dataclass(frozen=True)
 class WeightRounding(Fact):
-    """How weights are rounded while a plan is sought, so that damage is that of the final ones."""
+    """How weights are rounded while a plan is sought, so that damage is that of the final ones.
+
+    `moments` are those GPTQ rounds with here: of half of the data, as damage is measured on the
+    other half. A weight with more inputs than samples would fit all of them.
+    """
 
     method: RoundingMethod
+    moments: Moments = Moments({})
 
 
 def weight_key(node: str, index: int) -> str:

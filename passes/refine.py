@@ -22,7 +22,7 @@ from octavo.passes.output_damage import Metric, OutputDamage, summary
 from octavo.passes.planning import Planning
 from octavo.passes.programme import keeps
 from octavo.passes.rounded_model import RoundedModel
-from octavo.passes.rounding import rounding_of
+from octavo.passes.rounding import rounding_of, unseen
 from octavo.passes.starts import starts
 from octavo.passes.swaps import swapped
 
@@ -50,14 +50,14 @@ class Refine(Pass):
     damages' roots and those of the estimators in `starts`. It draws plans that keep to the budgets
     and evaluates each on half of the calibration data (EvoPress, arXiv 2410.14649). `swap` gives
     one group a level more and another one less, by their estimated damages (LampQ, arXiv
-    2511.10004). The other half of the data decides: the best one found replaces the plan where it
-    saves more than one standard error.
+    2511.10004). The other half of the data decides: the plan found replaces the one the search
+    began with where it saves more than one standard error.
     **Why.** Errors of several layers cancel or compound, which no sum of damages knows.
     **When it does not apply.** No group has two levels that round activations alike, or there
     is no data: a note.
     **Cost and accuracy.** Bounded by `seconds`, in which the estimators are not counted; the best
-    plan so far is always kept. Where the
-    search ended is remembered, so that the same cache gives the same plan.
+    plan so far is always kept. Where the search ended is remembered, so that the same cache gives
+    the same plan.
     """
 
     name = "refine"
@@ -74,7 +74,7 @@ class Refine(Pass):
     starts: tuple[str, ...] = ("fisher", "lampq")
 
     def run(self, model: Model, ctx: PassContext) -> Model:
-        batches = ctx.calibration or ctx.stand_in
+        batches = _batches(model, ctx)
         menu, solution = model.fact(Menu), model.fact(Solution)
         start = choice_of(menu, solution.options)
         levels = levels_of(menu, start)
@@ -85,20 +85,20 @@ class Refine(Pass):
         space = Space(levels, partial(_feasible, Planning(model, ctx), limits))
         trial = Trials.of(model, ctx, batches, self, list(levels))
         key = self._key(model, batches, start, levels)
-        best = _known(ctx, key, menu) or self._search(space, trial, ctx, start, model)
+        ends = _known(ctx, key, menu) or self._search(space, trial, ctx, start, model)
         if ctx.cache is not None:
-            ctx.cache.put(key, json.dumps(names_of(menu, best)).encode())
-        first, last = trial.final(start), trial.final(best)
-        before, after = float(first.mean()), float(last.mean())
-        saved = summary(first - last)
-        better = saved.mean > saved.standard_error
+            ctx.cache.put(key, json.dumps([names_of(menu, end) for end in ends]).encode())
+        first, last = ends
+        saved = summary(trial.final(first) - trial.final(last))
+        best = last if saved.mean > saved.standard_error else first
+        before, after = (float(trial.final(choice).mean()) for choice in (start, best))
         ctx.count("plans evaluated", trial.evaluated)
         ctx.remark(
-            "applied" if better else "missed", "",
+            "missed" if best == start else "applied", "",
             f"measured damage on held-out samples: {before:.3e} before, {after:.3e} after",
             before=before, after=after,
         )  # fmt: skip
-        if not better:
+        if best == start:
             return model
         totals = Planning(model, ctx).programme.totals(best)
         found = replace(solution, options=names_of(menu, best), totals=totals)
@@ -119,16 +119,18 @@ class Refine(Pass):
 
     def _search(
         self, space: Space, trial: Trials, ctx: PassContext, start: Choice, model: Model
-    ) -> Choice:
+    ) -> tuple[Choice, Choice]:
+        """The plan that a search begins with, and where it ends."""
         if self.method == "swap":
             damages = _estimates(model)
-            return swapped(space, damages, partial(trial.fitness, stage=2), start, self.seconds)
+            fitness = partial(trial.fitness, stage=2)
+            return start, swapped(space, damages, fitness, start, self.seconds)
         first = self._best_start(trial, ctx, start, model, space.levels)
         search = Search(
             space, trial.fitness, ctx.rng("refine"),
             offspring=self.offspring, generations=self.generations, seconds=self.seconds,
         )  # fmt: skip
-        return search.run(first, partial(ctx.progress, "refine"))
+        return first, search.run(first, partial(ctx.progress, "refine"))
 
     def _best_start(
         self,
@@ -138,16 +140,17 @@ class Refine(Pass):
         model: Model,
         levels: Mapping[str, Sequence[int]],
     ) -> Choice:
-        """The plan that measures best of all there are to begin with."""
-        batches = ctx.calibration or ctx.stand_in
+        """The plan that measures best, on all data: so few cannot be fitted to it."""
+        batches = _batches(model, ctx)
         assert batches is not None
         limits = hard_limits(model.fact(Solution))
         # A model too large to be measured is too large for gradients of 64 samples.
-        measured = model.fact(Sensitivity).estimator != "scaled-error"
-        names = self.starts if measured else ()
+        small = model.fact(Sensitivity).estimator != "scaled-error"
+        names = self.starts if small else ()
         others = starts(model, ctx, batches, names, self.metric, levels, limits, start)
         known = {"the plan": start, **dict(others)}
-        values = dict(zip(known, trial.fitness(list(known.values()), 2), strict=True))
+        measured = ctx.executor.map(trial.damage_of, known.values())
+        values = dict(zip(known, measured, strict=True))
         best = min(values, key=values.__getitem__)
         text = ", ".join(f"{name} {value:.3e}" for name, value in values.items())
         ctx.remark("note", "", f"begins with {best}; measured damages: {text}")
@@ -161,10 +164,18 @@ def hard_limits(solution: Solution) -> dict[str, float]:
     return limits if least is None else {**limits, least: solution.totals[least]}
 
 
-def _known(ctx: PassContext, key: str, menu: Menu) -> Choice | None:
-    """Where the same search ended before."""
+def _batches(model: Model, ctx: PassContext) -> Batches | None:
+    batches = ctx.calibration or ctx.stand_in
+    return None if batches is None else unseen(model, batches)
+
+
+def _known(ctx: PassContext, key: str, menu: Menu) -> tuple[Choice, Choice] | None:
+    """Where the same search began and ended before."""
     stored = ctx.cache.get(key) if ctx.cache is not None else None
-    return None if stored is None else choice_of(menu, json.loads(stored))
+    if stored is None:
+        return None
+    first, last = json.loads(stored)
+    return choice_of(menu, first), choice_of(menu, last)
 
 
 def levels_of(menu: Menu, choice: Choice) -> dict[str, list[int]]:
@@ -214,6 +225,10 @@ class Trials:
         self.known |= dict(zip(new, self.ctx.executor.map(measure, new.values()), strict=True))
         self.evaluated += len(new)
         return [self.known[key] for key in keys]
+
+    def damage_of(self, choice: Choice) -> float:
+        """Mean damage of a choice on both halves."""
+        return float(self._per_sample([*self.fit, *self.choose], choice).mean())
 
     def final(self, choice: Choice) -> NDArray[np.float64]:
         """Damage of a choice per sample of the half that decides."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from octavo.ir.arrays_io import StoredArray
+from octavo.ir.calibration import Part
 from octavo.ir.moments import Moments, WeightRounding
 from octavo.ir.quant import QuantParams, dequantize, fitted, quantize, round_weight
 from octavo.passes.clip_search import clipped_params
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     import onnx_ir
     from numpy.typing import NDArray
 
+    from octavo.ir.calibration import Batches
     from octavo.ir.model import Model
     from octavo.ir.moments import RoundingMethod
     from octavo.ir.quant import QuantSpec
@@ -47,21 +49,27 @@ def with_rounding(model: Model, ctx: PassContext, method: RoundingMethod) -> Mod
 
     Without calibration data GPTQ has nothing to go by: ranges are clipped, and a note says so.
     """
-    if method == "gptq" and model.find(Moments) is None:
-        if ctx.calibration is None:
-            ctx.remark("note", "", "no calibration data: weights are clipped instead of GPTQ")
-            method = "clip"
-        else:
-            found = collected(model, ctx, quantizable(model, ctx), ctx.calibration)
-            model = model.with_fact(found)
-    return model.with_fact(WeightRounding(method))
+    if method == "gptq" and ctx.calibration is None:
+        ctx.remark("note", "", "no calibration data: weights are clipped instead of GPTQ")
+        method = "clip"
+    if method != "gptq" or ctx.calibration is None:
+        return model.with_fact(WeightRounding(method))
+    seen = Part(ctx.calibration, 0)
+    moments = collected(model, ctx, quantizable(model, ctx), seen)
+    return model.with_fact(WeightRounding(method, moments))
+
+
+def unseen(model: Model, batches: Batches) -> Batches:
+    """The data that offers were not rounded with; only on it is their damage what it will be."""
+    return Part(batches, 1) if rounding_of(model) == "gptq" else batches
 
 
 def rounder_of(model: Model) -> Rounder:
     """The rounder that a model's fact names; to nearest where it has none."""
+    found = model.find(WeightRounding)
     match rounding_of(model):
-        case "gptq":
-            return partial(_gptq, model.find(Moments) or Moments({}))
+        case "gptq" if found is not None:
+            return partial(_gptq, found.moments)
         case "clip":
             return _clipped
     return nearest

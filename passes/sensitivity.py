@@ -12,7 +12,7 @@ from octavo.ir.moments import RoundingMethod
 from octavo.passes.base import Pass
 from octavo.passes.estimators import estimator
 from octavo.passes.output_damage import Metric
-from octavo.passes.rounding import with_rounding
+from octavo.passes.rounding import unseen, with_rounding
 
 if TYPE_CHECKING:
     from octavo.ir.calibration import Batches
@@ -32,7 +32,8 @@ class AnalyseSensitivity(Pass):
     `measurable-macs` multiply-accumulates, and `scaled-error` beyond.
     **Why.** Layers differ by orders of magnitude in what their rounding does to the outputs.
     `rounding` is how offers round weights here and in `refine`: as they are rounded in the end,
-    but to nearest where `auto` does not measure.
+    but to nearest where `auto` does not measure. `gptq` rounds with the moments of half of the
+    data, and damage is measured on the other half.
     **When it does not apply.** No calibration data: random numbers are used, and a note says so.
     **Cost and accuracy.** Changes nothing by itself. Every damage comes with its standard error
     over samples; damages of several groups are assumed to add, which `refine` checks.
@@ -60,6 +61,7 @@ class AnalyseSensitivity(Pass):
         name = self._chosen(model, ctx, batches)
         # Where measuring is too dear, rounding every offer as in the end is dearer still.
         model = with_rounding(model, ctx, "nearest" if name != self._asked else self.rounding)
+        batches = unseen(model, batches)
         found = estimator(name)(model, ctx, batches, self.samples, self.metric)
         ctx.count("samples", found.samples)
         ctx.remark("note", "", f"{found.estimator}: {found.metric}, {found.samples} samples")

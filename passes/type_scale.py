@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, final
 
 from octavo.ir.menu import Damage, Menu
+from octavo.ir.moments import WeightRounding
 from octavo.passes.measure_damage import measure_damage
 
 if TYPE_CHECKING:
@@ -101,7 +102,8 @@ def measured_offers(
         menu.fixed_bytes,
         menu.cost_source,
     )
-    found = measure_damage(model.keeping(()).with_fact(some), ctx, batches, limit, metric)
+    study = model.keeping((WeightRounding,)).with_fact(some)
+    found = measure_damage(study, ctx, batches, limit, metric)
     return {name: found.damage(name, offer.name) for name, offer in layers.items()}
 
 

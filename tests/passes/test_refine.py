@@ -157,8 +157,9 @@ def test_a_plan_that_is_worse_on_the_half_that_decides_is_not_taken(
     """The search is made to return the fewest bits of everything."""
     worst = {name: indices[0] for name, indices in _levels(planned).items()}
 
-    def misled(self: Refine, space: Space, trial: object, *more: Any) -> dict[str, int]:
-        return {**choice_of(planned.fact(Menu), planned.fact(Solution).options), **worst}
+    def misled(self: Refine, space: Space, trial: object, *more: Any) -> tuple[Choice, Choice]:
+        start = choice_of(planned.fact(Menu), planned.fact(Solution).options)
+        return start, {**start, **worst}
 
     monkeypatch.setattr(Refine, "_search", misled)
     compilation = refined(planned, ctx)
@@ -179,6 +180,7 @@ def test_a_plan_that_saves_less_than_the_noise_is_not_taken(
         return np.full(4, 3.0) - (0.0 if choice == start else np.array(saved))
 
     monkeypatch.setattr(Trials, "final", final)
+    monkeypatch.setattr(Refine, "_best_start", lambda *given: start)
     compilation = refined(planned, ctx)
     assert compilation.records[0].remarks[-1].kind == kind
     assert (compilation.model.fact(Plan) != planned.fact(Plan)) == (kind == "applied")
@@ -297,11 +299,11 @@ def test_the_search_begins_with_the_best_of_several_plans(planned: Model, ctx: P
         assert programme.totals(choice)["bytes"] <= solution.limits["bytes"]
         assert all(choice[name] in levels.get(name, [given[name]]) for name in choice)
     known = [given, *found.values()]
-    fitness = trial.fitness(known, 2)
-    best = known[fitness.index(min(fitness))]
+    damages = [trial.damage_of(choice) for choice in known]
+    best = known[damages.index(min(damages))]
     after = Pipeline((options,)).run(planned, ctx)
     (note,) = (r for r in after.records[0].remarks if r.kind == "note")
-    assert f"{min(fitness):.3e}" in note.text.partition(";")[2]
+    assert f"{min(damages):.3e}" in note.text.partition(";")[2]
     assert after.records[0].remarks[-1].values["after"] == trial.final(best).mean()
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
+from octavo.ir.calibration import Part
 from octavo.ir.facts import Choice, Plan
 from octavo.ir.menu import Menu, Sensitivity
 from octavo.ir.moments import WeightRounding
 from octavo.passes.activation_rounding import ActivationRounding
+from octavo.passes.collect_moments import collected, quantizable
 from octavo.passes.offered_rounding import offered_roundings
 from octavo.passes.pipeline import Pipeline
 from octavo.passes.rounding import with_rounding
@@ -56,7 +59,9 @@ def test_offers_round_as_the_passes_do(
 ) -> None:
     ctx = calibrated(tiny_model)
     model = offered(tiny_model, ctx)
-    expected = rounded_in_the_end(model, ctx, text)
+    assert ctx.calibration is not None
+    seen = replace(ctx, calibration=Part(ctx.calibration, 0)) if method == "gptq" else ctx
+    expected = rounded_in_the_end(model, seen, text)
     known = with_rounding(model, ctx, method)
     found = offered_roundings(known, ctx.target, ActivationRounding(ctx.evaluator))
     assert len(found) == len(expected) == 2
@@ -81,6 +86,24 @@ def test_sensitivity_knows_how_weights_are_rounded(
         damages.append([max(d.mean for d in offers.values()) for offers in found])
     nearest, ours = np.array(damages)
     assert np.all(ours < nearest)
+
+
+def test_gptq_is_judged_on_samples_that_it_has_not_seen(
+    tiny_model: Model, calibrated: Callable[..., PassContext]
+) -> None:
+    ctx = calibrated(tiny_model)
+    assert ctx.calibration is not None
+    model = offered(tiny_model, ctx)
+    halves = [Part(ctx.calibration, index) for index in (0, 1)]
+    seen = collected(model, ctx, quantizable(model, ctx), halves[0]).by_weight
+    whole = sum(half.samples for half in halves)
+    for method, samples in (("gptq", halves[1].samples), ("nearest", whole)):
+        studied = Pipeline.parse(f"sensitivity{{rounding={method}}}").run(model, ctx).model
+        assert studied.fact(Sensitivity).samples == samples
+        kept = studied.fact(WeightRounding).moments.by_weight
+        assert set(kept) == (set(seen) if method == "gptq" else set())
+        for name, moment in kept.items():
+            np.testing.assert_array_equal(moment.matrix(), seen[name].matrix())
 
 
 def test_without_data_ranges_are_clipped(tiny_model: Model, pass_context: PassContext) -> None:
