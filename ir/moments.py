@@ -29,14 +29,38 @@ class Moment:
     mean: NDArray[np.float32]
     samples: int
 
-    def matrix(self) -> NDArray[np.float32]:
-        """C, read from disk at every call so that only one is in memory."""
+    def measured(self) -> NDArray[np.float32]:
+        """C of the samples, read from disk at every call so that only one is in memory."""
         read = self.second.load() if isinstance(self.second, StoredArray) else self.second
         return np.asarray(read, np.float32)
+
+    def matrix(self) -> NDArray[np.float32]:
+        """C as far as it can be told from the samples: `shrunk`."""
+        return shrunk(self.measured(), self.samples)
 
     def __str__(self) -> str:
         groups, width = self.mean.shape
         return f"groups={groups} inputs={width} samples={self.samples}"
+
+
+def shrunk(second: NDArray[np.float32], samples: int) -> NDArray[np.float32]:
+    """C `[groups, K, K]` with its off-diagonal entries shortened as few samples demand.
+
+    The oracle approximating shrinkage of Chen et al. 2010 (arXiv 0907.4698, equation 23) towards
+    the diagonal: C of fewer samples than K is singular, and rounding to it would fit the samples.
+    """
+    trace = np.einsum("gkk->g", second, dtype=np.float64)
+    squares = np.einsum("gij,gij->g", second, second, dtype=np.float64)
+    width = second.shape[-1]
+    spread = squares - trace**2 / width
+    wanted = (1 - 2 / width) * squares + trace**2
+    possible = (samples + 1 - 2 / width) * spread
+    share = np.clip(wanted / np.where(possible > 0, possible, 1.0), 0.0, 1.0)
+    share = np.where(possible > 0, share, 1.0).astype(np.float32)
+    found = second * (1 - share)[:, None, None]
+    diagonal = np.einsum("gkk->gk", found)
+    diagonal += share[:, None] * np.einsum("gkk->gk", second)
+    return found
 
 
 @final

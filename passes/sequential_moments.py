@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, final
 import numpy as np
 
 from octavo.ir.calibration import first_samples, samples_of
+from octavo.ir.moments import shrunk
 from octavo.ir.reference import Reference
 from octavo.passes.collect_moments import enough_columns
 from octavo.passes.operand_walk import OperandWalk
@@ -148,4 +149,5 @@ def _sighted(
         lost += np.matmul((theirs - ours).transpose(0, 2, 1), ours)
         total += ours.shape[1]
     scale = 1 / max(total, 1)
-    return Sighted(matrix, (second * scale).astype(np.float32), (lost * scale).astype(np.float32))
+    known = shrunk((second * scale).astype(np.float32), total)
+    return Sighted(matrix, known, (lost * scale).astype(np.float32))

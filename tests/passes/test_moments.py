@@ -13,7 +13,7 @@ import pytest
 from octavo.ir.errors import CalibrationError
 from octavo.ir.facts import Choice, Option, Plan
 from octavo.ir.facts_io import read_facts, write_facts
-from octavo.ir.moments import Moments
+from octavo.ir.moments import Moments, shrunk
 from octavo.ir.quant import PerAxis, QuantSpec
 from octavo.ir.read import read
 from octavo.passes import collect_moments
@@ -69,12 +69,45 @@ def patches(
     return np.array(found, np.float64)
 
 
+@pytest.mark.parametrize("samples", [4, 16, 64, 4096])
+def test_few_samples_count_as_little_as_is_best(samples: int) -> None:
+    """Against the share that brings C nearest to the true one, over 20 draws."""
+    rng = np.random.default_rng(samples)
+    # Oracle shares are those of an identity; a rotated spectrum keeps the diagonal nearly even.
+    basis = np.linalg.qr(rng.standard_normal((24, 24)))[0]
+    root = basis * np.sqrt(np.linspace(0.2, 3.0, 24))
+    truth = root @ root.T
+    shares = np.linspace(0, 1, 101)
+    ours, best = 0.0, np.zeros(len(shares))
+    for _ in range(20):
+        x = rng.standard_normal((samples, 24)) @ root.T
+        second = (x.T @ x / samples).astype(np.float32)
+        ours += np.square(shrunk(second[None], samples)[0] - truth).sum()
+        own = second - np.diag(np.diagonal(second))
+        best += [np.square(second - share * own - truth).sum() for share in shares]
+    # With 4 samples the formula knows little of the spectrum itself.
+    assert ours <= (1.05 if samples > 4 else 1.1) * best.min()
+    if samples < 24:
+        assert ours < 0.7 * best[0]
+
+
+def test_shrinking_keeps_the_diagonal_and_columns_that_are_never_used() -> None:
+    x = np.random.default_rng(0).standard_normal((5, 8)).astype(np.float32)
+    x[:, 3] = 0
+    second = (x.T @ x / 5)[None]
+    found = shrunk(second, 5)
+    np.testing.assert_allclose(np.diagonal(found[0]), np.diagonal(second[0]), rtol=1e-6)
+    assert not found[0, 3].any()
+    assert not found[0, :, 3].any()
+    assert not np.any(shrunk(np.zeros((2, 3, 3), np.float32), 5))
+
+
 def assert_moment(moment: Moment | None, columns: NDArray[np.float64], groups: int) -> None:
     """Against columns `[samples, groups * K]`."""
     assert moment is not None
     split = columns.reshape(len(columns), groups, -1)
     second = np.einsum("sgi,sgj->gij", split, split) / len(split)
-    np.testing.assert_allclose(moment.matrix(), second, rtol=0, atol=RELATIVE * second.max())
+    np.testing.assert_allclose(moment.measured(), second, rtol=0, atol=RELATIVE * second.max())
     np.testing.assert_allclose(
         moment.mean, split.mean(axis=0), rtol=0, atol=RELATIVE * np.abs(split).max()
     )
