@@ -98,10 +98,10 @@ class Rewrite:
             [],
             [onnx_ir.AttrInt64s("perm", perm)],
             outputs=[new],
-            name=self._fresh(f"{node.name}_transpose"),
+            name=self.fresh(f"{node.name}_transpose"),
             metadata_props=dict(node.metadata_props),
         )
-        old.name, old.shape = self._fresh(f"{old.name}_{suffix}"), None
+        old.name, old.shape = self.fresh(f"{old.name}_{suffix}"), None
         graph.insert_after(node, transpose)
         old.replace_all_uses_with(new, replace_graph_outputs=True)
         transpose.resize_inputs(1)
@@ -122,13 +122,14 @@ class Rewrite:
         node.replace_input_with(index, value)
 
     def _initializer(self, node: onnx_ir.Node, base: str) -> onnx_ir.Value:
-        name = self._fresh(base)
+        name = self.fresh(base)
         value = onnx_ir.Value(name=name, const_value=onnx_ir.tensor(np.zeros(0, np.float32)))
         assert node.graph is not None
         node.graph.register_initializer(value)
         return value
 
-    def _fresh(self, base: str) -> str:
+    def fresh(self, base: str) -> str:
+        """A name that nothing has yet: `base`, or `base` with a number; it is taken from now on."""
         numbered = itertools.chain([base], (f"{base}_{k}" for k in itertools.count(1)))
         name = next(candidate for candidate in numbered if candidate not in self.names)
         self.names.add(name)
