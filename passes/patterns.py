@@ -30,6 +30,29 @@ def select(model: Model, patterns: Sequence[str]) -> dict[str, str]:
     return selected
 
 
+def chosen(model: Model, only: Sequence[str], keep: Sequence[str]) -> list[onnx_ir.Node]:
+    """The nodes that `only` selects (all where it is empty) and `keep` does not, in order.
+
+    Raises UsageError where the two leave nothing.
+    """
+    kept = select(model, keep)
+    wanted = select(model, only) if only else None
+    found = [
+        node
+        for node in model.graph
+        if node.name not in kept and (wanted is None or node.name in wanted)
+    ]
+    if not found and wanted:
+        name, pattern = next(iter(wanted.items()))
+        raise UsageError(
+            f"every node that '{pattern}' selects is to be kept",
+            where=f"node '{name}'",
+            why=f"the pattern '{kept[name]}' of keep selects it too",
+            hint="leave the node out of one of the two",
+        )
+    return found
+
+
 def _matcher(pattern: str) -> Callable[[onnx_ir.Node], bool]:
     kind, _, rest = pattern.partition(":")
     if kind == "type" and rest:

@@ -11,6 +11,7 @@ from octavo.passes.choose_kernels import ChooseKernels
 from octavo.passes.clip_weights import ClipWeights
 from octavo.passes.collect_moments import CollectMoments
 from octavo.passes.correct_bias import CorrectBias
+from octavo.passes.factor_low_rank import FactorLowRank
 from octavo.passes.fold_scales import FoldScales
 from octavo.passes.halve_constants import HalveConstants
 from octavo.passes.insert_fake_quant import InsertFakeQuant
@@ -36,6 +37,7 @@ PASSES: Mapping[str, type[Pass]] = {
     for pass_ in (
         Canonicalize,
         FoldScales,
+        FactorLowRank,
         Calibrate,
         CollectMoments,
         ChooseKernels,
