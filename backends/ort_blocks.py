@@ -28,18 +28,19 @@ from octavo.ir.packing import (
     blocks_shape,
     kernel_bits,
     pack_blocks,
+    pack_zero_points,
     sizes_name,
 )
 from octavo.ir.quant import PerBlock
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    pass
 
 
 def blocked_matmul(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
     """`MatMulNBits`: the weight as `[N, K/block]` blocks of 8-, 4- or 2-bit codes."""
     fake, _ = fake_behind(node.inputs[1])
-    packed, scale = _blocks(graph, fake, node)
+    packed, scale, zeros = _blocks(graph, fake, node)
     granularity, bits = _granularity(fake), params_of(fake).spec.bits
     shape = plain_shape(fake)
     attributes = {
@@ -50,9 +51,9 @@ def blocked_matmul(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
         "accuracy_level": 4,
     }
     tail, bias = linear_tail(node)
-    inputs = [node.inputs[0], packed, scale]
+    inputs = [node.inputs[0], packed, scale, zeros]
     if bias is not None:
-        inputs += [None, None, _vector(graph, bias)]
+        inputs += [None, _vector(graph, bias)]
     replace(graph, tail, "MatMulNBits", inputs, attributes, MICROSOFT, node.name)
 
 
@@ -73,7 +74,7 @@ def portable_matmul(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
 def blocked_gather(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
     """`GatherBlockQuantized`: only the rows that are looked up are dequantized."""
     fake, _ = fake_behind(node.inputs[0])
-    packed, scale = _blocks(graph, fake, node)
+    packed, scale, zeros = _blocks(graph, fake, node)
     size, bits = _granularity(fake).size, params_of(fake).spec.bits
     rows, columns = plain_shape(fake)
     flat = (rows, -1)
@@ -82,7 +83,7 @@ def blocked_gather(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
     attributes = {
         "bits": kernel_bits(bits), "block_size": size, "gather_axis": 0, "quantize_axis": 1,
     }  # fmt: skip
-    inputs = [data, node.inputs[1], scale]
+    inputs = [data, node.inputs[1], scale, zeros]
     if columns % size == 0:
         replace(graph, node, "GatherBlockQuantized", inputs, attributes, MICROSOFT)
         return
@@ -103,23 +104,30 @@ def _granularity(fake: onnx_ir.Node) -> PerBlock:
 
 def _blocks(
     graph: onnx_ir.Graph, fake: onnx_ir.Node, before: onnx_ir.Node
-) -> tuple[onnx_ir.Value, onnx_ir.Value]:
-    """The bytes `[N, blocks, bytes]` and scales `[N, blocks]` of a weight, made once."""
-    known: dict[Any, Sequence[onnx_ir.Value]] = graph.meta.setdefault("octavo.blocks", {})
+) -> tuple[onnx_ir.Value, onnx_ir.Value, onnx_ir.Value | None]:
+    """Of a weight, made once: bytes `[N, blocks, bytes]`, scales `[N, blocks]`, zero points.
+
+    Without zero points the kernel takes codes to be offset by half their range.
+    """
+    known: dict[Any, tuple[onnx_ir.Value, onnx_ir.Value, onnx_ir.Value | None]] = (
+        graph.meta.setdefault("octavo.blocks", {})
+    )
     if fake.name not in known:
         params, name = params_of(fake), stem(fake)
-        codes, scales = plain_codes(fake, params).astype(np.int8, copy=False), params.scale
+        codes, scales, zeros = plain_codes(fake, params), params.scale, params.zero_point
         granularity, bits = _granularity(fake), params.spec.bits
         if granularity.axis == 0:
-            codes, scales = codes.T, scales.T
+            codes, scales, zeros = codes.T, scales.T, zeros.T
         packed = pack_blocks(codes, bits, granularity.size)
         rows, columns = codes.shape
         made = block_steps(blocks_shape(rows, columns, bits, granularity.size), bits)
         value = emit(graph, before, packed, block_parts(bits), made, f"{name}_q")
         scale = scale_of(graph, before, name, np.ascontiguousarray(scales), params.spec)
-        known[fake.name] = value, scale
-    value, scale = known[fake.name]
-    return value, scale
+        zero = None
+        if not params.spec.signed:
+            zero = constant(graph, f"{name}_zeros", pack_zero_points(zeros, bits))
+        known[fake.name] = value, scale, zero
+    return known[fake.name]
 
 
 def _vector(graph: onnx_ir.Graph, bias: onnx_ir.Value) -> onnx_ir.Value:

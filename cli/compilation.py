@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,6 +25,7 @@ from octavo.cli.planned import Planner
 from octavo.cli.report_data import report_data
 from octavo.cli.request import DEFAULT_SIZE, Request
 from octavo.cli.requested_pipeline import pipeline_of, suited
+from octavo.cli.scratch import scratch_folder
 from octavo.ir.artifact import Artifact, Audit, Bench, Probes
 from octavo.ir.artifact_io import MODEL, Manifest, write_artifact
 from octavo.ir.cache import Cache
@@ -202,7 +201,7 @@ class _Given:
         pipeline.check(())
         model = read(self.source)
         pipeline = suited(pipeline, model, request)
-        folder = self.workdir or _scratch()
+        folder = self.workdir or scratch_folder()
         feed = bench_feed(model, calibration, request)
         with ThreadPoolExecutor(2) as executor:
             ctx = PassContext(
@@ -218,13 +217,6 @@ class _Given:
             )
             deciding, finish = Finishing.of(pipeline, self.instruments)
             yield _Job(request, model, deciding, ctx, feed, finish, self.progress)
-
-
-def _scratch() -> Path:
-    """A temporary folder that is removed when the process ends."""
-    folder = Path(tempfile.mkdtemp(prefix="octavo-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from octavo.cli.request import Request
 from octavo.ir.constants import constant_behind
 from octavo.ir.errors import UsageError
 from octavo.passes.allocate import Allocate
+from octavo.passes.collect_moments import CollectMoments
 from octavo.passes.pipeline import Pipeline
 from octavo.passes.presets import PRESETS, preset
 from octavo.passes.registry import PASSES
@@ -37,12 +38,13 @@ def pipeline_of(request: Request, calibrated: bool) -> Pipeline:
 
 
 def suited(pipeline: Pipeline, model: Model, request: Request) -> Pipeline:
-    """The pipeline without static kernels where a preset meets a model that reads token ids.
+    """The pipeline without static kernels where few bits meet a model that reads token ids.
 
     Kernels that find ranges at run time are as fast on matrices of activations, and no range has
-    to be calibrated: a decoder has thousands.
+    to be calibrated: a decoder has thousands. Only presets are changed.
     """
-    if not _is_preset(request) or not _reads_tokens(model):
+    few_bits = any(pass_.name == CollectMoments.name for pass_ in pipeline.passes)
+    if not few_bits or not _is_preset(request) or not _reads_tokens(model):
         return pipeline
     for name in ("choose-kernels", "offer-options"):
         pipeline = pipeline.with_options(name, static=False)

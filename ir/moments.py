@@ -57,7 +57,7 @@ def shrunk(second: NDArray[np.float32], samples: int) -> NDArray[np.float32]:
     possible = (samples + 1 - 2 / width) * spread
     share = np.clip(wanted / np.where(possible > 0, possible, 1.0), 0.0, 1.0)
     share = np.where(possible > 0, share, 1.0).astype(np.float32)
-    found = second * (1 - share)[:, None, None]
+    found: NDArray[np.float32] = second * (1 - share)[:, None, None]
     diagonal = np.einsum("gkk->gk", found)
     diagonal += share[:, None] * np.einsum("gkk->gk", second)
     return found

@@ -23,6 +23,7 @@ from octavo.ir.packing import (
     parts,
     sizes_name,
     steps,
+    zeros_shape,
 )
 from octavo.ir.quant import PerAxis, PerBlock, PerTensor, fitted
 
@@ -37,6 +38,7 @@ _NAME_BYTES = 24
 _UNPACK_NAME_BYTES = len("unpack99")
 _ZERO_NAME_BYTES = len("zero_u8_128")
 _CODES_NAME, _SCALE_NAME, _HALF_NAME = len("_q"), len("_scale"), len("_scale_f16")
+_ZEROS_NAME = len("_zeros")
 _INT64, _FLOAT32, _FLOAT16 = 8, 4, 2
 _MICROSOFT = "com.microsoft"
 
@@ -75,7 +77,7 @@ def option_bytes(
     scales = _scales_shape(shape, spec)
     scale = _scale_bytes(scales, spec, name_bytes)
     if option.method == "weight-only":
-        codes = _block_bytes(shape, spec, name_bytes)
+        codes = _block_bytes(shape, spec, name_bytes) + _zeros_bytes(shape, spec, name_bytes)
         return OptionBytes(codes + scale, _blocked_bytes(shape, spec, name_bytes, op_type))
     codes = _code_bytes(shape, spec, name_bytes)
     match option.method:
@@ -191,6 +193,16 @@ def _block_bytes(shape: tuple[int, ...], spec: QuantSpec, name_bytes: int) -> in
     return _unpacked_bytes(codes, block_parts(bits), made, name_bytes)
 
 
+def _zeros_bytes(shape: tuple[int, ...], spec: QuantSpec, name_bytes: int) -> int:
+    """Zero points of blocks, which unsigned codes have."""
+    blocks = spec.granularity
+    assert isinstance(blocks, PerBlock)
+    if spec.signed:
+        return 0
+    found = zeros_shape(shape[1 - blocks.axis], shape[blocks.axis], spec.bits, blocks.size)
+    return tensor_bytes(found, math.prod(found), name_bytes + _ZEROS_NAME)
+
+
 def _unpacked_bytes(
     shape: tuple[int, ...], stored: Sequence[Part], made: Sequence[Step], name_bytes: int
 ) -> int:
@@ -224,6 +236,8 @@ def _blocked_bytes(shape: tuple[int, ...], spec: QuantSpec, name_bytes: int, op_
     blocks = spec.granularity
     assert isinstance(blocks, PerBlock)
     names = [name_bytes + _CODES_NAME, name_bytes + _SCALE_NAME]
+    if not spec.signed:
+        names.append(name_bytes + _ZEROS_NAME)
     bits = kernel_bits(spec.bits)
     if op_type != "Gather":
         rows, columns = shape[1 - blocks.axis], shape[blocks.axis]

@@ -211,10 +211,11 @@ def blocks_shape(rows: int, columns: int, bits: int, size: int) -> tuple[int, in
     return rows, -(-columns // size), size * kernel_bits(bits) // _CODE_BITS
 
 
-def pack_blocks(codes: NDArray[np.int8], bits: int, size: int) -> tuple[NDArray[Any], ...]:
-    """Signed codes `[N, K]` as blocks of rows: one array per part, or what the kernel reads.
+def pack_blocks(codes: Codes, bits: int, size: int) -> tuple[NDArray[Any], ...]:
+    """Codes `[N, K]` as blocks of rows: one array per part, or what the kernel reads.
 
-    What fills the last block, zeros or binary ones, meets no input.
+    Unsigned codes are those of a kernel that is given zero points. What fills the last block,
+    zeros or binary ones, meets no input.
     """
     rows, columns = codes.shape
     short = -columns % size
@@ -223,12 +224,30 @@ def pack_blocks(codes: NDArray[np.int8], bits: int, size: int) -> tuple[NDArray[
     blocks = padded.reshape(rows, -1, size)
     if block_parts(bits):
         return _packed(blocks, _PARTS[bits])
-    digits = np.ascontiguousarray(blocks).view(np.uint8) + np.uint8(1 << (bits - 1))
-    joined = np.zeros(blocks_shape(rows, columns, bits, size), np.uint8)
+    digits = np.ascontiguousarray(blocks).view(np.uint8)
+    if blocks.dtype == np.int8:
+        digits = digits + np.uint8(1 << (bits - 1))
+    return (_bytes_of(digits, bits),)
+
+
+def zeros_shape(rows: int, columns: int, bits: int, size: int) -> tuple[int, int]:
+    """The shape of the zero points of blocks, in bytes: `[N, ceil(blocks·bits/8)]`."""
+    return rows, math.ceil(math.ceil(columns / size) * bits / _CODE_BITS)
+
+
+def pack_zero_points(zeros: NDArray[np.integer], bits: int) -> NDArray[np.uint8]:
+    """Zero points `[N, blocks]` of 2-, 4- or 8-bit codes as bytes, rows filled with zeros."""
+    short = -zeros.shape[1] % (_CODE_BITS // bits)
+    return _bytes_of(np.pad(zeros, ((0, 0), (0, short))).astype(np.uint8), bits)
+
+
+def _bytes_of(digits: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Digits of the last axis joined to bytes, the first lowest."""
     per_byte = _CODE_BITS // bits
+    joined = np.zeros((*digits.shape[:-1], digits.shape[-1] // per_byte), np.uint8)
     for place in range(per_byte):
         joined |= digits[..., place::per_byte] << np.uint8(bits * place)
-    return (joined,)
+    return joined
 
 
 def block_steps(shape: tuple[int, int, int], bits: int) -> tuple[Step, ...]:

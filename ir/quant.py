@@ -127,10 +127,27 @@ class QuantSpec:
         return f"{self.dtype}/{self.granularity}{index}"
 
 
+def unsigned_type(bits: int) -> QuantType:
+    """The type of unsigned codes of 2, 4 or 8 bits."""
+    found: QuantType = f"u{bits}"  # type: ignore[assignment]
+    return found
+
+
 def signed_type(bits: int) -> QuantType:
     """The type of signed codes of 1 to 8 bits."""
     found: QuantType = f"s{bits}"  # type: ignore[assignment]
     return found
+
+
+def kernel_blocks(bits: int, blocks: PerBlock, *, zero_points: bool) -> QuantSpec:
+    """The spec of a weight that a kernel reads in blocks.
+
+    With a zero point per block where it takes one beside few bits: all codes serve a range that
+    is not even about zero. Wider codes gain less than a byte per block costs.
+    """
+    if zero_points and bits in _NATIVE_BITS and bits < _NATIVE_BITS[-1]:
+        return QuantSpec(unsigned_type(bits), blocks)
+    return QuantSpec(signed_type(bits), blocks, symmetric=True)
 
 
 @final
@@ -175,8 +192,9 @@ def params_for_range(spec: QuantSpec, low: float, high: float) -> QuantParams:
 
 
 def params_for_weight(weight: NDArray[np.floating], spec: QuantSpec) -> QuantParams:
-    """Symmetric parameters whose grid covers the largest magnitude of every channel or block.
+    """Parameters whose grid covers every channel or block.
 
+    Signed codes reach its largest magnitude on both sides of zero, unsigned ones its range.
     The scale of a binary weight is its mean magnitude, which is nearest in the square
     (Rastegari et al., XNOR-Net, equation 6).
     """
@@ -187,10 +205,15 @@ def params_for_weight(weight: NDArray[np.floating], spec: QuantSpec) -> QuantPar
     grouped = _grouped(weight, spec.granularity)
     high = grouped.array.max(axis=grouped.reduced, initial=0.0)
     low = grouped.array.min(axis=grouped.reduced, initial=0.0)
-    largest = np.maximum(high, -low)
-    scale = np.asarray(largest / spec.qmax, np.float32)
+    reach = np.maximum(high, -low) if spec.signed else high - low
+    scale = np.asarray(reach / spec.qmax, np.float32)
     scale = np.where(scale <= np.finfo(np.float32).tiny, np.float32(1), scale)
-    return QuantParams(spec, scale, np.zeros(scale.shape, np.int32))
+    found = QuantParams(spec, scale, np.zeros(scale.shape, np.int32))
+    if spec.signed:
+        return found
+    # Float16 scales may be smaller: every zero point is that of the scale as it is stored.
+    zero = np.clip(np.rint(-low / found.scale), spec.qmin, spec.qmax)
+    return replace(found, zero_point=zero.astype(np.int32))
 
 
 def _half_params(weight: NDArray[np.floating], spec: QuantSpec) -> QuantParams:

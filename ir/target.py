@@ -18,6 +18,10 @@ OutputRule = Literal["quantized", "either", "float"]
 Tie = Literal["weight", "input", "sum", "concat"]
 
 
+# Widths of unsigned codes that kernels of blocks read, with a zero point for every block.
+_WITH_ZEROS = (2, 4)
+
+
 @final
 @dataclass(frozen=True)
 class Condition:
@@ -67,7 +71,7 @@ class KernelRow:
         """Why the kernel cannot read a weight of this spec, empty where it can."""
         if spec.half:
             return "" if self.method == "storage" else f"{self.method} {self.op_type} reads codes"
-        if not spec.signed:
+        if not spec.signed and not (self.method == "weight-only" and spec.bits in _WITH_ZEROS):
             return f"{self.method} {self.op_type} reads signed weights"
         if spec.bits not in self.bits:
             widths = ", ".join(map(str, self.bits))

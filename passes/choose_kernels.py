@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, final
 from octavo.ir.constants import constant_behind
 from octavo.ir.errors import UsageError
 from octavo.ir.facts import FLOAT, Choice, Fact, Option, Plan
-from octavo.ir.quant import PerAxis, PerBlock, PerTensor, QuantSpec, signed_type
+from octavo.ir.quant import PerAxis, PerBlock, PerTensor, QuantSpec, kernel_blocks, signed_type
 from octavo.passes.base import Pass, Statistic
 from octavo.passes.chains import bias_add, static_chains, static_values
 from octavo.passes.partition import Edge, Item, integer_side
@@ -148,9 +148,8 @@ class ChooseKernels(Pass):
     ) -> Option:
         if method == "weight-only":
             blocks = PerBlock(1 - row.weight_axis, self.block_size)
-            half = self.bits < _BYTE
-            dtype = signed_type(self.bits)
-            return Option(method, QuantSpec(dtype, blocks, symmetric=True, half_scales=half))
+            spec = kernel_blocks(self.bits, blocks, zero_points=True)
+            return Option(method, replace(spec, half_scales=self.bits < _BYTE))
         spec = _weight_spec(row, node, self.bits)
         return Option(method, spec if method == "storage" else _computed(spec, ctx.target))
 

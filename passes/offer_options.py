@@ -14,7 +14,15 @@ from octavo.ir.facts import FLOAT, Fact, Option, Portable
 from octavo.ir.mapped import reading
 from octavo.ir.menu import Group, Menu, Offer
 from octavo.ir.option_bytes import each_weight_bytes, scale_count
-from octavo.ir.quant import PerAxis, PerBlock, PerTensor, QuantSpec, fitted, signed_type
+from octavo.ir.quant import (
+    PerAxis,
+    PerBlock,
+    PerTensor,
+    QuantSpec,
+    fitted,
+    kernel_blocks,
+    signed_type,
+)
 from octavo.ir.target import Tie
 from octavo.passes.base import Pass, Statistic
 from octavo.passes.chains import static_chains, static_values
@@ -223,7 +231,7 @@ class _Maker:
             spec = QuantSpec(dtype, PerBlock(2, size), symmetric=True)
         elif size:
             axis = 1 - row.weight_axis % 2 if node.op_type in ("Gemm", "Gather") else 0
-            spec = QuantSpec(dtype, PerBlock(axis, size), symmetric=True)
+            spec = kernel_blocks(bits, PerBlock(axis, size), zero_points=not self.request.portable)
         elif rank < 2:
             spec = QuantSpec(dtype, PerTensor(), symmetric=True)
         else:

@@ -50,6 +50,8 @@ _PLANS: tuple[tuple[Method, QuantType, int], ...] = (
     ("weight-only", "s3", 64),
     ("weight-only", "s6", 32),
     ("weight-only", "s2", 128),
+    ("weight-only", "u4", 32),
+    ("weight-only", "u2", 64),
 )
 
 
@@ -68,7 +70,8 @@ def _option(
     assert weight.shape is not None
     axis = row.weight_axis % weight.shape.rank()
     granularity = PerBlock(1 - axis, size) if size else PerAxis(axis)
-    return Option(method, QuantSpec(dtype, granularity, symmetric=True, half_scales=half))
+    even = dtype[0] == "s"
+    return Option(method, QuantSpec(dtype, granularity, symmetric=even, half_scales=half))
 
 
 def _file_bytes(model: Model, options: Mapping[str, Option], path: Path, ctx: PassContext) -> int:

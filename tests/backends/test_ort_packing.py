@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from octavo.passes.base import PassContext
 
 SIGNED = sorted(d for d in get_args(QuantType) if d[0] == "s")
+WITH_ZEROS: tuple[QuantType, ...] = ("u4", "u2")
 _HEADER = '<ir_version: 10, opset_import: ["" : 21]> g'
 
 
@@ -221,14 +223,14 @@ def test_the_audit_finds_the_kernel_and_no_work_on_constants(
 
 @pytest.mark.parametrize("half_scales", [False, True], ids=["", "half"])
 @pytest.mark.parametrize("size", [32, 64, 128])
-@pytest.mark.parametrize("dtype", SIGNED)
+@pytest.mark.parametrize("dtype", [*SIGNED, *WITH_ZEROS])
 @pytest.mark.parametrize("name", METHODS["weight-only"])
 def test_blocks_of_low_bit_weights(
     name: str, dtype: QuantType, size: int, half_scales: bool, tmp_path: Path,
     pass_context: PassContext,
 ) -> None:  # fmt: skip
     blocks = PerBlock(CASES[name].block_axis, size)
-    spec = QuantSpec(dtype, blocks, symmetric=True, half_scales=half_scales)
+    spec = QuantSpec(dtype, blocks, symmetric=dtype[0] == "s", half_scales=half_scales)
     option = Option("weight-only", spec)
     _, artifact = _lowered(name, option, tmp_path / "m.onnx", pass_context)
     feed = _feed(name, CASES[name])
@@ -240,12 +242,12 @@ def test_blocks_of_low_bit_weights(
 
 
 @pytest.mark.parametrize("size", [16, 32])
-@pytest.mark.parametrize("dtype", SIGNED)
+@pytest.mark.parametrize("dtype", [*SIGNED, *WITH_ZEROS])
 def test_rows_of_blocks_are_looked_up_exactly(
     dtype: QuantType, size: int, tmp_path: Path, pass_context: PassContext
 ) -> None:
     """Blocks of 32 are longer than a row."""
-    spec = QuantSpec(dtype, PerBlock(1, size), symmetric=True, half_scales=True)
+    spec = QuantSpec(dtype, PerBlock(1, size), symmetric=dtype[0] == "s", half_scales=True)
     option = Option("weight-only", spec)
     _, artifact = _lowered("Gather", option, tmp_path / "m.onnx", pass_context)
     feed = _feed("Gather", CASES["Gather"])
@@ -261,8 +263,15 @@ TIED = f"""{_HEADER} (int64[2] k, float[3,64] x) => (float[2,64] e, float[3,40] 
 
 
 @pytest.mark.parametrize("half_scales", [False, True], ids=["", "half"])
-@pytest.mark.parametrize("dtype", ["s8", "s4", "s3", "s2"])
-@pytest.mark.parametrize("method", ["weight-only", "dynamic", "static", "storage"])
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [
+        *itertools.product(
+            ["weight-only", "dynamic", "static", "storage"], ["s8", "s4", "s3", "s2"]
+        ),
+        *(("weight-only", dtype) for dtype in WITH_ZEROS),
+    ],
+)
 def test_a_tied_weight_is_stored_once(
     method: Method, dtype: QuantType, half_scales: bool, tmp_path: Path, pass_context: PassContext
 ) -> None:
@@ -272,7 +281,7 @@ def test_a_tied_weight_is_stored_once(
     proto.graph.initializer.append(onnx.numpy_helper.from_array(array, "w"))
     blocks = method == "weight-only"
     rows, columns = (PerBlock(1, 32), PerBlock(0, 32)) if blocks else (PerAxis(0), PerAxis(1))
-    own = QuantSpec(dtype, rows, symmetric=True, half_scales=half_scales)
+    own = QuantSpec(dtype, rows, symmetric=dtype[0] == "s", half_scales=half_scales)
     options = {
         "embed": Option("weight-only" if blocks else "storage", own),
         "head": Option(method, replace(own, granularity=columns)),
@@ -292,7 +301,7 @@ def test_a_tied_weight_is_stored_once(
     truth = (feed["x"] @ rounded.T).astype(np.float64)
     assert _distance(found["y"].astype(np.float64), truth) <= 2 * _LIMITS["dynamic"]
     held = {t.name: t for t in onnx.load(artifact.path).graph.initializer}
-    kept = [n for n, t in held.items() if n.startswith("w") and "scale" not in n]
+    kept = [n for n in held if n.startswith("w") and "scale" not in n and "zeros" not in n]
     assert len(kept) == (2 if dtype == "s3" else 1)
     found_audit = audit(artifact, feed)
     assert found_audit.ok, (found_audit.findings, found_audit.rows)
@@ -408,7 +417,7 @@ def test_readers_of_one_weight_share_its_codes_and_all_weights_the_tables(
         ("MatMul", QuantSpec("f16"), "reads codes"),
         ("MatMul", QuantSpec("s4", PerBlock(0, 48), symmetric=True), "blocks of 16, 32, 64, 128"),
         ("Gemm", QuantSpec("s4", PerAxis(1), symmetric=True), "blocks of 16, 32, 64, 128"),
-        ("Gemm", QuantSpec("u4", PerBlock(0, 32)), "signed"),
+        ("Gemm", QuantSpec("u8", PerBlock(0, 32)), "signed"),
     ],
 )
 def test_a_weight_that_no_kernel_reads_is_refused(

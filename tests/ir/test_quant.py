@@ -254,3 +254,26 @@ def test_half_precision_keeps_what_float16_holds() -> None:
     np.testing.assert_array_equal(kept, weight.astype(np.float16).astype(np.float32))
     with pytest.raises(UsageError, match="no float16 number"):
         round_weight(np.array([65505.0, 1.0], np.float32), QuantSpec("f16"))
+
+
+@pytest.mark.parametrize("dtype", ["u8", "u4", "u2"])
+@pytest.mark.parametrize("offset", [-5.0, -0.7, 0.0, 0.4, 5.0])
+def test_unsigned_codes_of_a_weight_cover_its_range_and_zero(
+    dtype: QuantType, offset: float
+) -> None:
+    """Against the extremes of every block; a rounded zero point moves them by half a step."""
+    weight = np.random.default_rng(0).uniform(-1, 1, (3, 32)).astype(np.float32) + np.float32(
+        offset
+    )
+    params = params_for_weight(weight, QuantSpec(dtype, PerBlock(1, 16)))
+    blocks = weight.reshape(3, 2, 16)
+    low, high = np.minimum(blocks.min(axis=2), 0), np.maximum(blocks.max(axis=2), 0)
+    levels = 2**params.spec.bits - 1
+    np.testing.assert_allclose(params.scale, (high - low) / levels, rtol=1e-6)
+    np.testing.assert_array_equal(
+        params.zero_point, np.clip(np.rint(-low / params.scale), 0, levels)
+    )
+    error = np.abs(dequantize(quantize(weight, params), params) - weight).reshape(blocks.shape)
+    assert np.all(error.max(axis=2) <= params.scale * (1 + 1e-5))
+    none = dequantize(quantize(np.zeros_like(weight), params), params)
+    assert not none.any()
