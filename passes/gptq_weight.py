@@ -139,10 +139,11 @@ class _Layer:
             scale = stored_scale(grid.scale * ratio, grid)
             tried = replace(grid, scale=scale)
             codes = gptq(target, self.factor, tried)
-            if self.options.refit:
-                tried = refitted(target, codes, self.second, tried)
             best = best.improved(self._found(target, codes, tried))
-        return best
+        if not self.options.refit:
+            return best
+        suited = refitted(target, best.codes, self.second, best.grid)
+        return best.improved(self._found(target, best.codes, suited))
 
     def _found(self, target: Float32, codes: Float32, grid: RowGrid) -> _Found:
         errors = row_errors(target - grid.values(codes), self.second)
