@@ -24,8 +24,12 @@ MIXED = (
     "canonicalize,calibrate,offer-options,sensitivity{samples=16},allocate,"
     "refine{generations=2,samples=32,seconds=600},place-quantizers,insert-fake-quant"
 )
-# Damage by the weights alone, no search around the plan: the budgets are what is tested.
-QUICK = ("--no-measure", "--estimator", "weight-error", "--refine-seconds", "0")
+# Damage by the weights alone, no search and nothing done to the codes: the budgets are tested.
+PLAIN = (
+    "canonicalize,calibrate{max-samples=64},offer-options,sensitivity{estimator=weight-error},allocate,"
+    "place-quantizers,insert-fake-quant"
+)
+QUICK = ("--no-measure", "-p", PLAIN)
 Octavo = Callable[..., Any]
 
 
@@ -201,7 +205,7 @@ def test_the_least_size_within_a_damage(network: Path) -> None:
     for allowed in (1e-6, 1.0):
         compiled = api.compile(
             network, calibration=DATA, minimise="size", max_damage=allowed, measure=False,
-            estimator="weight-error", refine_seconds=0.0,
+            pipeline=PLAIN,
         )  # fmt: skip
         sizes.append(compiled.artifact.bytes)
     assert sizes == sorted(sizes, reverse=True)

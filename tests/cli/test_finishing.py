@@ -61,7 +61,7 @@ def test_the_logged_damage_is_that_of_the_file(compiled: Compiled) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "static"), [("int4", False), ("mixed", False), (_BASE, True), ("", False)]
+    ("name", "static"), [("int4", False), ("mixed", False), (_BASE, True), ("", True)]
 )
 def test_a_preset_finds_ranges_at_run_time_where_tokens_are_read(name: str, static: bool) -> None:
     request = Request(pipeline=name)
