@@ -7,6 +7,7 @@ spec, and gives the weight that is left.
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -16,12 +17,13 @@ import numpy as np
 
 from octavo.ir.arrays_io import StoredArray
 from octavo.ir.calibration import Part
+from octavo.ir.menu import Menu
 from octavo.ir.moments import Moments, WeightRounding
 from octavo.ir.quant import QuantParams, dequantize, fitted, quantize, round_weight
 from octavo.passes.clip_search import clipped_params
 from octavo.passes.collect_moments import collected, quantizable
 from octavo.passes.gptq_weight import GptqOptions, gptq_weight
-from octavo.passes.weight_matrix import WeightMatrix
+from octavo.passes.weight_matrix import WeightMatrix, why_no_matrix
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,6 +59,18 @@ def with_rounding(model: Model, ctx: PassContext, method: RoundingMethod) -> Mod
     seen = Part(ctx.calibration, 0)
     moments = collected(model, ctx, quantizable(model, ctx), seen)
     return model.with_fact(WeightRounding(method, moments))
+
+
+def gptq_macs(model: Model, ctx: PassContext) -> float:
+    """Multiply-accumulates of GPTQ for every offer of the menu: N·K² of each weight and offer."""
+    menu, nodes = model.fact(Menu), {node.name or "": node for node in model.graph}
+    offers = {n: len(menu.offers[g.name]) - 1 for g in menu.groups.values() for n in g.nodes}
+    total = 0.0
+    for name, index in quantizable(model, ctx):
+        if name in offers and not why_no_matrix(nodes[name], index):
+            matrix = WeightMatrix.of(nodes[name], index)
+            total += math.prod(matrix.shape) * matrix.width * offers[name]
+    return total
 
 
 def unseen(model: Model, batches: Batches) -> Batches:
@@ -126,9 +140,9 @@ def _rounded(
     second: NDArray[np.float32],
     spec: QuantSpec,
 ) -> Rounding:
-    """GPTQ on the clipped range alone; `round-gptq` tries more of them once the plan is made."""
+    """GPTQ on the clipped range alone; `round-gptq` does more once the plan is made."""
     params = clipped_params(weight, fitted(spec, weight.shape), steps=_STEPS)
-    return gptq_weight(weight, params, matrix, second, GptqOptions(ranges=1))
+    return gptq_weight(weight, params, matrix, second, GptqOptions(ranges=1, refit=False))
 
 
 def _store(path: Path, found: Rounding) -> None:

@@ -12,7 +12,7 @@ from octavo.ir.moments import RoundingMethod
 from octavo.passes.base import Pass
 from octavo.passes.estimators import estimator
 from octavo.passes.output_damage import Metric
-from octavo.passes.rounding import unseen, with_rounding
+from octavo.passes.rounding import gptq_macs, unseen, with_rounding
 
 if TYPE_CHECKING:
     from octavo.ir.calibration import Batches
@@ -32,8 +32,8 @@ class AnalyseSensitivity(Pass):
     `measurable-macs` multiply-accumulates, and `scaled-error` beyond.
     **Why.** Layers differ by orders of magnitude in what their rounding does to the outputs.
     `rounding` is how offers round weights here and in `refine`: as they are rounded in the end,
-    but to nearest where `auto` does not measure. `gptq` rounds with the moments of half of the
-    data, and damage is measured on the other half.
+    but to nearest where `gptq` would take more than `roundable-macs`. `gptq` rounds with the
+    moments of half of the data, and damage is measured on the other half.
     **When it does not apply.** No calibration data: random numbers are used, and a note says so.
     **Cost and accuracy.** Changes nothing by itself. Every damage comes with its standard error
     over samples; damages of several groups are assumed to add, which `refine` checks.
@@ -47,9 +47,10 @@ class AnalyseSensitivity(Pass):
     estimator: str = "auto"
     samples: int = 64
     metric: Metric = "auto"
-    # About ten minutes on two cores.
-    measurable_macs: float = 5e13
+    # A few minutes on two cores.
+    measurable_macs: float = 2e13
     rounding: RoundingMethod = "nearest"
+    roundable_macs: float = 1e12
 
     def run(self, model: Model, ctx: PassContext) -> Model:
         batches = ctx.calibration or ctx.stand_in
@@ -59,17 +60,22 @@ class AnalyseSensitivity(Pass):
         if ctx.calibration is None:
             ctx.remark("note", "", "no calibration data: damage is estimated on random numbers")
         name = self._chosen(model, ctx, batches)
-        # Where measuring is too dear, rounding every offer as in the end is dearer still.
-        model = with_rounding(model, ctx, "nearest" if name != self._asked else self.rounding)
+        model = with_rounding(model, ctx, self._rounding(model, ctx))
         batches = unseen(model, batches)
         found = estimator(name)(model, ctx, batches, self.samples, self.metric)
         ctx.count("samples", found.samples)
         ctx.remark("note", "", f"{found.estimator}: {found.metric}, {found.samples} samples")
         return model.with_fact(found)
 
-    @property
-    def _asked(self) -> str:
-        return "measured" if self.estimator == "auto" else self.estimator
+    def _rounding(self, model: Model, ctx: PassContext) -> RoundingMethod:
+        """How offers are rounded: GPTQ only where `auto` can afford it for every offer."""
+        if self.estimator != "auto" or self.rounding != "gptq":
+            return self.rounding
+        macs = gptq_macs(model, ctx)
+        if macs <= self.roundable_macs:
+            return self.rounding
+        ctx.remark("note", "", f"GPTQ for every offer would take {macs:.0e} multiply-accumulates")
+        return "nearest"
 
     def _chosen(self, model: Model, ctx: PassContext, batches: Batches) -> str:
         """The estimator, by the work of measuring all offers: clocks must not decide a plan."""

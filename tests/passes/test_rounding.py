@@ -16,7 +16,7 @@ from octavo.passes.activation_rounding import ActivationRounding
 from octavo.passes.collect_moments import collected, quantizable
 from octavo.passes.offered_rounding import offered_roundings
 from octavo.passes.pipeline import Pipeline
-from octavo.passes.rounding import with_rounding
+from octavo.passes.rounding import gptq_macs, with_rounding
 from octavo.passes.weight_quantizers import weight_quantizers
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def rounded_in_the_end(model: Model, ctx: PassContext, text: str) -> dict[str, N
     [
         ("nearest", ""),
         ("clip", ",clip-weights{steps=12}"),
-        ("gptq", ",clip-weights{steps=12},round-gptq{ranges=1}"),
+        ("gptq", ",clip-weights{steps=12},round-gptq{ranges=1,refit=false}"),
     ],
 )
 def test_offers_round_as_the_passes_do(
@@ -104,6 +104,28 @@ def test_gptq_is_judged_on_samples_that_it_has_not_seen(
         assert set(kept) == (set(seen) if method == "gptq" else set())
         for name, moment in kept.items():
             np.testing.assert_array_equal(moment.matrix(), seen[name].matrix())
+
+
+def test_offers_are_rounded_to_nearest_where_gptq_would_take_too_long(
+    tiny_model: Model, calibrated: Callable[..., PassContext]
+) -> None:
+    """The work is N·K² of every weight, summed over its offers."""
+    ctx = calibrated(tiny_model)
+    model = offered(tiny_model, ctx)
+    menu, nodes = model.fact(Menu), {node.name or "": node for node in model.graph}
+    expected = 0.0
+    for name, offers in menu.offers.items():
+        weight = nodes[name].inputs[1]
+        assert weight is not None
+        assert weight.shape is not None
+        rows, *rest = weight.shape.numpy()
+        columns = np.prod(rest) if nodes[name].op_type == "Conv" else rows
+        expected += float(np.prod([rows, *rest]) * columns * (len(offers) - 1))
+    assert gptq_macs(model, ctx) == expected
+    for allowed, method in ((expected, "gptq"), (expected - 1, "nearest")):
+        text = f"sensitivity{{rounding=gptq,roundable-macs={allowed}}}"
+        studied = Pipeline.parse(text).run(model, ctx).model
+        assert studied.fact(WeightRounding).method == method
 
 
 def test_without_data_ranges_are_clipped(tiny_model: Model, pass_context: PassContext) -> None:
