@@ -63,12 +63,14 @@ def gptq_weight(
     options: GptqOptions | None = None,
     target: Float32 | None = None,
     table: Float32 | None = None,
+    factor: Factor | None = None,
 ) -> Rounding:
     """Codes by GPTQ, then scales that suit them; a row that is no better stays at nearest.
 
     `second` has shape `[groups, K, K]`. The rows `target` `[groups, N, K]` stand for the weight
     where the layer's input has changed: its errors count, and the nearest codes are still those
-    of the weight. Of a `table` in rising order, only its codes are used.
+    of the weight. Of a `table` in rising order, only its codes are used. `factor` is that of
+    `second`, where it is known.
     """
     options = options or GptqOptions()
     rows = matrix.rows(weight)
@@ -77,7 +79,8 @@ def gptq_weight(
     scale, zero, cells = matrix.scales(params)
     wide = None if table is None else np.broadcast_to(table, (*rows.shape[:2], table.size))
     grid = RowGrid(params.spec, scale, zero.astype(np.float32), cells, wide)
-    layer = _Layer(second, Factor.of(second, options.damping, options.act_order), options)
+    factor = factor or Factor.of(second, options.damping, options.act_order)
+    layer = _Layer(second, factor, options)
     wanted = rows if target is None else target
     made = np.empty_like(rows)
     scales, zeros = scale.copy(), grid.zero.copy()

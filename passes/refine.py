@@ -23,6 +23,7 @@ from octavo.passes.planning import Planning
 from octavo.passes.programme import keeps
 from octavo.passes.rounded_model import RoundedModel
 from octavo.passes.rounding import rounding_of, unseen
+from octavo.passes.sample_macs import affordable_samples, sample_macs
 from octavo.passes.starts import starts
 from octavo.passes.swaps import swapped
 
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 # Stages look at a quarter, a half and all of the data that is fitted to.
 _SHARES = (0.25, 0.5, 1.0)
+# Of one evaluation of a plan: about a second on two cores.
+_MACS = 5e10
 
 
 @final
@@ -83,7 +86,7 @@ class Refine(Pass):
             return model
         limits = hard_limits(solution)
         space = Space(levels, partial(_feasible, Planning(model, ctx), limits))
-        trial = Trials.of(model, ctx, batches, self, list(levels))
+        trial = Trials.of(model, ctx, batches, self._fewer(model, ctx, batches), list(levels))
         key = self._key(model, batches, start, levels)
         ends = _known(ctx, key, menu) or self._search(space, trial, ctx, start, model)
         if ctx.cache is not None:
@@ -104,6 +107,11 @@ class Refine(Pass):
         found = replace(solution, options=names_of(menu, best), totals=totals)
         plan = plan_of(menu, model.fact(Sensitivity), best, model.fact(Plan).source)
         return model.with_fact(plan).with_fact(found)
+
+    def _fewer(self, model: Model, ctx: PassContext, batches: Batches) -> Refine:
+        """On a large model with fewer samples: a search needs some hundred evaluations."""
+        macs = sample_macs(model, ctx, batches)
+        return replace(self, samples=affordable_samples(macs, _MACS, self.samples, least=8))
 
     def _key(
         self, model: Model, batches: Batches, start: Choice, levels: Mapping[str, list[int]]

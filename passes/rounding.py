@@ -10,7 +10,7 @@ import hashlib
 import math
 import threading
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,10 +18,11 @@ import numpy as np
 from octavo.ir.arrays_io import StoredArray
 from octavo.ir.calibration import Part
 from octavo.ir.menu import Menu
-from octavo.ir.moments import Moments, WeightRounding
+from octavo.ir.moments import Moment, Moments, WeightRounding
 from octavo.ir.quant import QuantParams, dequantize, fitted, quantize, round_weight
 from octavo.passes.clip_search import clipped_params
 from octavo.passes.collect_moments import collected, quantizable
+from octavo.passes.gptq import Factor
 from octavo.passes.gptq_weight import GptqOptions, gptq_weight
 from octavo.passes.weight_matrix import WeightMatrix, why_no_matrix
 
@@ -44,6 +45,7 @@ Rounder = Callable[
 
 # Ranges that are tried while a plan is sought; `clip-weights` tries more of them in the end.
 _STEPS = 12
+_OPTIONS = GptqOptions(ranges=1, refit=False)
 
 
 def with_rounding(model: Model, ctx: PassContext, method: RoundingMethod) -> Model:
@@ -83,7 +85,7 @@ def rounder_of(model: Model) -> Rounder:
     found = model.find(WeightRounding)
     match rounding_of(model):
         case "gptq" if found is not None:
-            return partial(_gptq, found.moments)
+            return _Gptq(found.moments)
         case "clip":
             return _clipped
     return nearest
@@ -111,38 +113,44 @@ def _clipped(
     return dequantize(quantize(weight, params), params)
 
 
-def _gptq(
-    moments: Moments,
-    node: onnx_ir.Node,
-    index: int,
-    weight: NDArray[np.floating],
-    spec: QuantSpec,
-) -> NDArray[np.float32]:
-    """GPTQ where the moments of the operand are known, else clipped."""
-    moment = moments.of(node.name or "", index)
-    if moment is None or spec.half or spec.index_bits:
-        return _clipped(node, index, weight, spec)
-    own = np.asarray(weight, np.float32)
-    if not isinstance(moment.second, StoredArray):
-        return _rounded(own, WeightMatrix.of(node, index), moment.matrix(), spec).rounded
-    # A plan asks for the same rounding when it is measured, estimated and refined.
-    known = moment.second.path.with_suffix(f".{_digest(own, node, index, spec)}.npz")
-    if not known.exists():
-        _store(known, _rounded(own, WeightMatrix.of(node, index), moment.matrix(), spec))
-    with np.load(known) as stored:
-        params = QuantParams(fitted(spec, own.shape), stored["scale"], stored["zero_point"])
-        return dequantize(stored["codes"], params)
+@dataclass(frozen=True)
+class _Gptq:
+    """GPTQ where the moments of the operand are known, else clipped.
 
+    The last factor of every thread is kept: offers of one weight are asked for in a row.
+    """
 
-def _rounded(
-    weight: NDArray[np.float32],
-    matrix: WeightMatrix,
-    second: NDArray[np.float32],
-    spec: QuantSpec,
-) -> Rounding:
-    """GPTQ on the clipped range alone; `round-gptq` does more once the plan is made."""
-    params = clipped_params(weight, fitted(spec, weight.shape), steps=_STEPS)
-    return gptq_weight(weight, params, matrix, second, GptqOptions(ranges=1, refit=False))
+    moments: Moments
+    last: threading.local = field(default_factory=threading.local)
+
+    def __call__(
+        self, node: onnx_ir.Node, index: int, weight: NDArray[np.floating], spec: QuantSpec
+    ) -> NDArray[np.float32]:
+        moment = self.moments.of(node.name or "", index)
+        if moment is None or spec.half or spec.index_bits:
+            return _clipped(node, index, weight, spec)
+        own = np.asarray(weight, np.float32)
+        if not isinstance(moment.second, StoredArray):
+            return self._rounded(own, WeightMatrix.of(node, index), moment, spec).rounded
+        # A plan asks for the same rounding when it is measured, estimated and refined.
+        known = moment.second.path.with_suffix(f".{_digest(own, node, index, spec)}.npz")
+        if not known.exists():
+            _store(known, self._rounded(own, WeightMatrix.of(node, index), moment, spec))
+        with np.load(known) as stored:
+            params = QuantParams(fitted(spec, own.shape), stored["scale"], stored["zero_point"])
+            return dequantize(stored["codes"], params)
+
+    def _rounded(
+        self, weight: NDArray[np.float32], matrix: WeightMatrix, moment: Moment, spec: QuantSpec
+    ) -> Rounding:
+        """GPTQ on the clipped range alone; `round-gptq` does more once the plan is made."""
+        if getattr(self.last, "moment", None) is not moment:
+            self.last.second = moment.matrix()
+            self.last.factor = Factor.of(self.last.second, _OPTIONS.damping, _OPTIONS.act_order)
+            self.last.moment = moment
+        params = clipped_params(weight, fitted(spec, weight.shape), steps=_STEPS)
+        second, factor = self.last.second, self.last.factor
+        return gptq_weight(weight, params, matrix, second, _OPTIONS, factor=factor)
 
 
 def _store(path: Path, found: Rounding) -> None:

@@ -12,6 +12,7 @@ from octavo.ir.menu import Damage, Menu
 from octavo.passes.estimate import Estimate
 from octavo.passes.layer_error import layer_error
 from octavo.passes.output_damage import OutputDamage
+from octavo.passes.sample_macs import affordable_samples, sample_macs
 from octavo.passes.type_scale import measured_offers, spread, weight_bits
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _LAYERS_PER_ROLE = 5
 _SCALED_AT_BITS = 4
+_MACS = 5e12
 _TINY = 1e-30
 
 
@@ -33,7 +35,9 @@ def scaled_error(
 
     α is damage over layer error, measured on at most five layers of every role at 4 bits and
     interpolated between them, in its logarithm, by the place of a layer among those of its role.
+    A large model runs on fewer samples than `limit`.
     """
+    limit = few_samples(model, ctx, batches, limit)
     errors = layer_error(model, ctx, batches, limit, metric)
     groups = model.fact(Menu).groups
     anchors = {n: offer for n, of in model.fact(Menu).offers.items() if (offer := _anchor(of))}
@@ -56,6 +60,14 @@ def scaled_error(
     measure = OutputDamage.of(model, metric).text
     text = f"{measure}, by layer error ({len(some)} of {len(groups)} groups measured)"
     return Estimate(by_group, text, errors.samples)
+
+
+def few_samples(model: Model, ctx: PassContext, batches: Batches, limit: int) -> int:
+    """Samples on which the layer errors of all offers, and the measured layers, take a minute."""
+    menu = model.fact(Menu)
+    trials = sum(map(len, menu.offers.values())) / max(len(menu.offers), 1)
+    macs = sample_macs(model, ctx, batches) * (trials + _LAYERS_PER_ROLE)
+    return affordable_samples(macs, _MACS, limit)
 
 
 def _anchor(offers: Sequence[Offer]) -> Offer | None:

@@ -13,6 +13,7 @@ from octavo.passes.base import Pass
 from octavo.passes.estimators import estimator
 from octavo.passes.output_damage import Metric
 from octavo.passes.rounding import gptq_macs, unseen, with_rounding
+from octavo.passes.sample_macs import sample_macs
 
 if TYPE_CHECKING:
     from octavo.ir.calibration import Batches
@@ -81,7 +82,7 @@ class AnalyseSensitivity(Pass):
         """The estimator, by the work of measuring all offers: clocks must not decide a plan."""
         if self.estimator != "auto":
             return self.estimator
-        macs = sum(ctx.cost.macs(node) for node in model.graph)
+        macs = sample_macs(model, ctx, batches)
         trials = sum(len(offers) - 1 for offers in model.fact(Menu).offers.values())
         # A trial runs what lies behind a group: half of the model on average.
         work = macs / 2 * trials * min(self.samples, batches.samples)
