@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, final
 
 from octavo.ir.errors import OctavoError, PassFailed, UsageError, VerificationFailed
+from octavo.ir.facts import Ranges
 from octavo.ir.verify import verify
 from octavo.passes.base import Recorder, Statistic
-from octavo.passes.calibrate import Calibrate
 from octavo.passes.instruments import Step
 from octavo.passes.record import GraphDiff, PassRecord, structural_diff, summarise
 from octavo.passes.registry import PASSES
@@ -97,7 +97,7 @@ class Pipeline:
     def _requests(
         self, index: int, model: Model, ctx: PassContext, following: Sequence[Pass]
     ) -> tuple[Statistic, ...]:
-        if not isinstance(self.passes[index], Calibrate):
+        if Ranges not in self.passes[index].produces:
             return ()
         passes = (*self.passes[index + 1 :], *following)
         later = (s for p in passes for s in p.statistics(model, ctx))
