@@ -22,7 +22,6 @@ from octavo.ir.axis_sizes import AxisSizes
 from octavo.ir.axis_spread import Spread
 from octavo.ir.axis_zeros import vanishes
 from octavo.ir.extract import read_by, values_by_name
-from octavo.ir.facts import Fact
 from octavo.ir.subgraphs import subgraphs
 
 if TYPE_CHECKING:
@@ -57,7 +56,8 @@ class AxisGroup:
 
     `labels` say for every axis which unit each index belongs to, -1 for those of no unit. `kind`
     is "heads" where the axis counts matrices of a product of two activations, "dimensions" where
-    it lies inside of such matrices. Groups of one `signature` have the same structure.
+    it lies inside of such matrices. `nodes` touch a labelled axis, `layers` are those with weights
+    that give one. Groups of one `signature` have the same structure.
     """
 
     name: str
@@ -65,6 +65,7 @@ class AxisGroup:
     units: int
     labels: Mapping[Axis, Index]
     nodes: tuple[str, ...]
+    layers: tuple[str, ...]
     signature: tuple[object, ...]
 
     def unit(self, index: int) -> tuple[Member, ...]:
@@ -85,7 +86,7 @@ class Refusal:
 
 @final
 @dataclass(frozen=True)
-class AxisGroups(Fact):
+class AxisGroups:
     """What can be removed from a model, and what cannot."""
 
     groups: tuple[AxisGroup, ...]
@@ -216,9 +217,10 @@ class AxisTies:
         kind: Kind = max((_kind(node, labels) for node in touched), key=_RANK.index)
         names = tuple(node.name or "" for node in touched)
         signature = tuple(sorted(_signature(touched, labels, units)))
-        layers = [n for n in touched if n.op_type in _WEIGHTED and self._has_weights(n)]
-        name = (layers or touched)[0].name or ""
-        return AxisGroup(name, kind, units, labels, names, (kind, *signature))
+        weighted = [n for n in touched if n.op_type in _WEIGHTED and self._has_weights(n)]
+        layers = tuple(node.name or "" for node in weighted if _gives(node, labels))
+        name = (layers or names)[0]
+        return AxisGroup(name, kind, units, labels, names, layers, (kind, *signature))
 
     def _constant(self, axis: Axis) -> bool:
         value = self.values.get(axis[0])
@@ -236,6 +238,11 @@ def _kind(node: onnx_ir.Node, labels: Mapping[Axis, Index]) -> Kind:
     if not axes:
         return "channels"
     return "heads" if min(axes) < rank - 2 else "dimensions"
+
+
+def _gives(node: onnx_ir.Node, labels: Mapping[Axis, Index]) -> bool:
+    given = node.outputs[0]
+    return any((given.name or "", axis) in labels for axis in range(len(given.shape or ())))
 
 
 def _axes(node: onnx_ir.Node) -> Iterator[tuple[onnx_ir.Value, int]]:

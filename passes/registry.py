@@ -18,6 +18,8 @@ from octavo.passes.insert_fake_quant import InsertFakeQuant
 from octavo.passes.match_moments import MatchMoments
 from octavo.passes.offer_options import OfferOptions
 from octavo.passes.place_quantizers import PlaceQuantizers
+from octavo.passes.prune_channels import PruneChannels
+from octavo.passes.prune_heads import PruneHeads
 from octavo.passes.recover import Recover
 from octavo.passes.refine import Refine
 from octavo.passes.round_gptq import RoundGptq
@@ -36,6 +38,8 @@ PASSES: Mapping[str, type[Pass]] = {
     pass_.name: pass_
     for pass_ in (
         Canonicalize,
+        PruneHeads,
+        PruneChannels,
         FoldScales,
         FactorLowRank,
         Calibrate,

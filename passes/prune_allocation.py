@@ -1,0 +1,207 @@
+"""How many units of every group stay: the least damage for a share of units or of work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+import numpy as np
+
+from octavo.ir.calibration import samples_of
+from octavo.ir.extract import values_by_name
+from octavo.passes.output_damage import OutputDamage
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+    from octavo.ir.axis_groups import AxisGroup
+    from octavo.ir.model import Model
+    from octavo.passes.base import PassContext
+    from octavo.passes.prune_units import Pruner
+
+# Kept units by group.
+Widths = Mapping[str, int]
+
+_BISECTIONS = 60
+
+
+@final
+@dataclass(frozen=True)
+class Width:
+    """One number of units that stay, and what the model loses by it."""
+
+    kept: int
+    damage: float
+
+
+def widths(group: AxisGroup, round_to: int, most: int) -> list[int]:
+    """Numbers of units that may stay, falling: multiples of `round_to`, at most `most` of them.
+
+    Whole heads are counted one by one; a group that is not wider than `round_to` has none.
+    """
+    step = 1 if group.kind == "heads" else round_to
+    found = list(range((group.units - 1) // step * step, 0, -step))
+    picked = np.unique(np.linspace(0, len(found) - 1, min(most, len(found))).round().astype(int))
+    return [found[k] for k in picked] if found else []
+
+
+def offers(
+    pruner: Pruner, names: Sequence[str], round_to: int, most: int, samples: int
+) -> dict[str, list[Width]]:
+    """What every width of every group costs: damage of the outputs, measured group by group.
+
+    Without data, or where nothing of the outputs can be compared, the ranking's own costs.
+    """
+    counts = {name: widths(pruner.groups[name], round_to, most) for name in names}
+    loss = _output_loss(pruner, samples)
+    found: dict[str, list[Width]] = {}
+    for at, (name, some) in enumerate(counts.items()):
+        if loss is None:
+            costs = pruner.ranking(name).costs
+            found[name] = [Width(k, float(costs[: costs.size - k].sum())) for k in some]
+        else:
+            found[name] = [Width(k, loss(pruner.offer_model(name, k))) for k in some]
+        pruner.ctx.progress("measure widths", at + 1, len(counts))
+    return found
+
+
+def _output_loss(pruner: Pruner, samples: int) -> Callable[[Model], float] | None:
+    damage, ctx = OutputDamage.of(pruner.model), pruner.ctx
+    feeds, seen = [], 0
+    for feed in pruner.feeds:
+        if seen < samples:
+            feeds.append(feed)
+            seen += samples_of(feed)
+    if not feeds or not damage.kinds:
+        return None
+    names = [value.name or "" for value in pruner.model.graph.inputs]
+    fed = [{name: feed[name] for name in names} for feed in feeds]
+    truth = ctx.evaluator.load(pruner.model)
+    expected = [truth(feed) for feed in fed]
+
+    def loss(model: Model) -> float:
+        run = ctx.evaluator.load(model)
+        pairs = zip(fed, expected, strict=True)
+        found = [damage.per_sample(y, run(feed), samples_of(feed)) for feed, y in pairs]
+        return float(np.concatenate(found).mean())
+
+    return loss
+
+
+@final
+@dataclass(frozen=True)
+class Work:
+    """Multiply-accumulates of a model by node, and which axes of what they multiply can shrink.
+
+    `axes` by node: per axis its size, and by group the indices that one unit has along it.
+    """
+
+    macs: Mapping[str, int]
+    axes: Mapping[str, Sequence[tuple[int, Mapping[str, float]]]]
+    units: Mapping[str, int]
+
+    @staticmethod
+    def of(model: Model, ctx: PassContext, groups: Mapping[str, AxisGroup]) -> Work:
+        nodes = {node.name or "": node for node in model.graph}
+        macs = {name: ctx.cost.macs(node) for name, node in nodes.items()}
+        macs = {name: count for name, count in macs.items() if count}
+        sizes = {name: value.shape for name, value in values_by_name(model).items()}
+        axes: dict[str, list[tuple[int, Mapping[str, float]]]] = {}
+        for node in macs:
+            for tensor, axis in _multiplied(nodes[node]):
+                shape = sizes.get(tensor)
+                per_unit = {
+                    name: float(np.count_nonzero(group.labels[tensor, axis] >= 0)) / group.units
+                    for name, group in groups.items()
+                    if (tensor, axis) in group.labels
+                }
+                if per_unit and shape is not None:
+                    size = max(
+                        group.labels[tensor, axis].size
+                        for group in groups.values()
+                        if (tensor, axis) in group.labels
+                    )
+                    axes.setdefault(node, []).append((size, per_unit))
+        return Work(macs, axes, {name: group.units for name, group in groups.items()})
+
+    @property
+    def total(self) -> int:
+        return sum(self.macs.values())
+
+    def left(self, kept: Widths) -> float:
+        """Multiply-accumulates when some groups keep fewer units."""
+        gone = {name: self.units[name] - count for name, count in kept.items()}
+        return sum(count * self._share(node, gone) for node, count in self.macs.items())
+
+    def _share(self, node: str, gone: Mapping[str, int]) -> float:
+        share = 1.0
+        for size, per_unit in self.axes.get(node, ()):
+            share *= 1 - sum(gone.get(name, 0) * each for name, each in per_unit.items()) / size
+        return share
+
+
+def _multiplied(node: onnx_ir.Node) -> list[tuple[str, int]]:
+    """The axes whose sizes a node's work is the product of, as far as units may divide them."""
+    first, second = node.inputs[0], node.inputs[1]
+    assert first is not None
+    assert second is not None
+    constant = second.const_value is not None
+    rank = len(second.shape or ())
+    if constant or node.op_type not in ("MatMul", "Gemm"):
+        return [(second.name or "", axis) for axis in range(rank)]
+    left = [(first.name or "", axis) for axis in range(len(first.shape or ()))]
+    return [*left, (second.name or "", rank - 1)]
+
+
+def allocate(
+    found: Mapping[str, Sequence[Width]],
+    full: Widths,
+    saved: Callable[[Widths], float],
+    goal: float,
+) -> dict[str, int] | None:
+    """Kept units by group with the least damage for which `saved` reaches `goal`.
+
+    A Lagrangian over the groups, whose damages are taken to add, with each group's saving as if
+    it were alone; then groups widen again as long as the goal holds. `None` if it is too high.
+    """
+    alone = {
+        name: [(Width(full[name], 0.0), 0.0), *((w, saved({name: w.kept})) for w in some)]
+        for name, some in found.items()
+    }
+
+    def chosen(price: float) -> dict[str, int]:
+        best = {n: min(some, key=lambda o: o[0].damage - price * o[1]) for n, some in alone.items()}
+        return {name: width.kept for name, (width, _) in best.items() if width.kept < full[name]}
+
+    low, high = -30.0, 30.0
+    if saved(chosen(np.exp(high))) < goal:
+        return None
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if saved(chosen(np.exp(middle))) >= goal else (middle, high)
+    return _widened(chosen(np.exp(high)), found, full, saved, goal)
+
+
+def _widened(
+    kept: dict[str, int],
+    found: Mapping[str, Sequence[Width]],
+    full: Widths,
+    saved: Callable[[Widths], float],
+    goal: float,
+) -> dict[str, int]:
+    """Give units back where that helps most and the goal still holds."""
+    damage = {name: {w.kept: w.damage for w in some} for name, some in found.items()}
+    for name in full:
+        damage.setdefault(name, {})[full[name]] = 0.0
+    while True:
+        moves = [
+            (damage[name][count] - damage[name][wider], name, wider)
+            for name, count in kept.items()
+            for wider in damage[name]
+            if wider > count and saved({**kept, name: wider}) >= goal
+        ]
+        gain, name, wider = max(moves, default=(0.0, "", 0))
+        if gain <= 0:
+            return {n: count for n, count in kept.items() if count < full[n]}
+        kept[name] = wider
