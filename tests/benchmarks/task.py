@@ -72,7 +72,7 @@ def fidelity(task: Task, reference: Path, model: Path, threads: int, feeds: int 
         own_squares += float(np.vdot(actual.astype(np.float64), actual))
         same += int((expected.argmax(-1) == actual.argmax(-1)).sum())
         total += expected[..., 0].size
-    found = {"cosine": product / np.sqrt(squares * own_squares)}
+    found = {"cosine": float(product / np.sqrt(squares * own_squares))}
     return {"same_argmax": same / total, **found} if task.rows else found
 
 
