@@ -1,4 +1,4 @@
-"""Write a layer of the graph as two."""
+"""Thin layers in the graph: two in place of one, or two beside one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir
 
+from octavo.ir.fake_quant import constant
 from octavo.passes.linear import linear_after
 
 if TYPE_CHECKING:
@@ -34,18 +35,20 @@ def split_layer(rewrite: Rewrite, node: onnx_ir.Node, made: LayerFactors) -> onn
     if made.shift is not None:
         _add_to_bias(rewrite, node, made.shift, dtype)
     own, rest = _attributes(node, made)
+    weights = [
+        _initializer(rewrite, graph, f"{weight.name}_{suffix}", array.astype(dtype))
+        for suffix, array in (("first", made.first), ("second", made.second))
+    ]
     first = onnx_ir.Node(
-        "", node.op_type, [node.inputs[0], _constant(rewrite, graph, weight, "first", made.first)],
-        own, name=rewrite.fresh(f"{node.name}_{_SUFFIX}"),
-        metadata_props=dict(node.metadata_props),
+        "", node.op_type, [node.inputs[0], weights[0]], own,
+        name=rewrite.fresh(f"{node.name}_{_SUFFIX}"), metadata_props=dict(node.metadata_props),
     )  # fmt: skip
     inner = first.outputs[0]
     inner.name, inner.type = rewrite.fresh(f"{output.name}_{_SUFFIX}"), output.type
     inner.shape = _inner_shape(node, made)
-    second = _constant(rewrite, graph, weight, "second", made.second)
     graph.insert_before(node, first)
     node.replace_input_with(0, inner)
-    node.replace_input_with(1, second)
+    node.replace_input_with(1, weights[1])
     for name in ("auto_pad", *(a.name for a in rest)):
         node.attributes.pop(name, None)
     node.attributes.update({a.name: a for a in rest})
@@ -54,23 +57,59 @@ def split_layer(rewrite: Rewrite, node: onnx_ir.Node, made: LayerFactors) -> onn
     return first
 
 
-def _constant(
-    rewrite: Rewrite,
-    graph: onnx_ir.Graph,
-    weight: onnx_ir.Value,
-    suffix: str,
-    array: NDArray[np.float64],
+def add_branch(rewrite: Rewrite, node: onnx_ir.Node, made: LayerFactors) -> list[onnx_ir.Node]:
+    """Add what two thin layers make of the input of `node` to its output, behind its bias.
+
+    They read in float what `node` reads in codes found at run time. The sum takes over the name
+    of the output. Returns the two.
+    """
+    graph, source, linear = node.graph, node.inputs[0], linear_after(node)
+    last = linear.last if linear is not None else node
+    assert graph is not None
+    assert source is not None
+    maker = source.producer()
+    if maker is not None and maker.op_type == "FakeQuantDynamic":
+        source = maker.inputs[0]
+    own, rest = _attributes(node, made)
+    kept = [a for a in node.attributes.values() if a.name not in ("auto_pad", "beta")]
+    output = last.outputs[0]
+    thin: list[onnx_ir.Node] = []
+    parts = (("first", made.first, own), ("second", made.second, (*kept, *rest)))
+    for name, array, attributes in parts:
+        base = f"{node.name}_repair_{name}"
+        weight = _initializer(rewrite, graph, f"{base}_weight", array.astype(np.float32))
+        by_name = {attribute.name: attribute for attribute in attributes}
+        added = onnx_ir.Node(
+            "", node.op_type, [source, weight], by_name.values(), name=rewrite.fresh(base)
+        )
+        source = added.outputs[0]
+        source.name, source.type = rewrite.fresh(f"{output.name}_repair_{name}"), output.type
+        graph.insert_after(thin[-1] if thin else last, added)
+        thin.append(added)
+    thin[0].outputs[0].shape, thin[1].outputs[0].shape = _inner_shape(node, made), output.shape
+    _add_up(rewrite, output, thin[1], f"{node.name}_repair")
+    return thin
+
+
+def _add_up(rewrite: Rewrite, output: onnx_ir.Value, other: onnx_ir.Node, name: str) -> None:
+    """Let readers of `output` read its sum with what `other` makes, under the same name."""
+    total = onnx_ir.Node("", "Add", [], name=rewrite.fresh(name))
+    repaired = total.outputs[0]
+    repaired.shape, repaired.type = output.shape, output.type
+    repaired.name, output.name = output.name, rewrite.fresh(f"{output.name}_unrepaired")
+    output.replace_all_uses_with(repaired, replace_graph_outputs=True)
+    total.resize_inputs(2)
+    total.replace_input_with(0, output)
+    total.replace_input_with(1, other.outputs[0])
+    assert other.graph is not None
+    other.graph.insert_after(other, total)
+
+
+def _initializer(
+    rewrite: Rewrite, graph: onnx_ir.Graph, base: str, array: NDArray[np.generic]
 ) -> onnx_ir.Value:
-    """An initializer in the type of the weight it replaces a part of."""
-    assert weight.dtype is not None
-    name = rewrite.fresh(f"{weight.name}_{suffix}")
-    narrow = np.ascontiguousarray(array, weight.dtype.numpy())
-    tensor = onnx_ir.Tensor(narrow, name=name)
-    value = onnx_ir.Value(
-        name=name, shape=onnx_ir.Shape(narrow.shape), type=weight.type, const_value=tensor
-    )
-    graph.register_initializer(value)
-    return value
+    """A constant under a name that nothing has yet."""
+    return constant(graph, rewrite.fresh(base), np.ascontiguousarray(array))
 
 
 def _add_to_bias(
