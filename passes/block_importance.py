@@ -52,7 +52,7 @@ def lim(model: Model, ctx: PassContext, batches: Batches, limit: int, metric: Me
     for done, feed in enumerate(feeds):
         values = read(feed)
         for block, found in rows.items():
-            found.append(_modification(values[block.entry], values[block.exit], samples_of(feed)))
+            found.append(modification(values[block.entry], values[block.exit], samples_of(feed)))
         ctx.progress("layer input modification", done + 1, len(feeds))
     importance = {block: summary(np.concatenate(found)) for block, found in rows.items()}
     by_group = _damage(model, ctx, {name: importance[block] for name, block in ends.items()})
@@ -108,7 +108,7 @@ def _ends(node: onnx_ir.Node, blocks: Mapping[str, Block]) -> Block:
     return blocks.get(node.name or "", own)
 
 
-def _modification(
+def modification(
     before: NDArray[np.generic], after: NDArray[np.generic], samples: int
 ) -> NDArray[np.float64]:
     """1 - cos of every sample, shape `[samples]`; 1 where the shapes differ."""
