@@ -125,11 +125,11 @@ class Factor:
         unit = np.empty_like(second)
         for g, own in enumerate(order):
             ordered = second[g][np.ix_(own, own)].astype(np.float64)
-            unit[g] = _unit(_upper(ordered, damping))
+            unit[g] = _unit(upper_factor(ordered, damping))
         return Factor(np.ascontiguousarray(order), unit)
 
 
-def _upper(second: Float64, damping: float) -> Float64:
+def upper_factor(second: Float64, damping: float) -> Float64:
     """The upper triangular U with `C + λ = U·Uᵀ`."""
     width = len(second)
     mean = float(np.trace(second)) / max(width, 1)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from octavo.passes.allocate import Allocate
+from octavo.passes.bound_ranges import BoundRanges
 from octavo.passes.calibrate import Calibrate
 from octavo.passes.canonicalize import Canonicalize
 from octavo.passes.choose_kernels import ChooseKernels
 from octavo.passes.clip_weights import ClipWeights
 from octavo.passes.collect_moments import CollectMoments
 from octavo.passes.correct_bias import CorrectBias
+from octavo.passes.drop_blocks import DropBlocks
 from octavo.passes.factor_low_rank import FactorLowRank
 from octavo.passes.fold_scales import FoldScales
 from octavo.passes.halve_constants import HalveConstants
@@ -20,8 +22,10 @@ from octavo.passes.offer_options import OfferOptions
 from octavo.passes.place_quantizers import PlaceQuantizers
 from octavo.passes.prune_channels import PruneChannels
 from octavo.passes.prune_heads import PruneHeads
+from octavo.passes.prune_weights import PruneWeights
 from octavo.passes.recover import Recover
 from octavo.passes.refine import Refine
+from octavo.passes.repair_low_rank import RepairLowRank
 from octavo.passes.round_gptq import RoundGptq
 from octavo.passes.round_learned import RoundLearned
 from octavo.passes.round_nupes import RoundNupes
@@ -41,8 +45,11 @@ PASSES: Mapping[str, type[Pass]] = {
         PruneHeads,
         PruneChannels,
         FoldScales,
+        DropBlocks,
         FactorLowRank,
+        PruneWeights,
         Calibrate,
+        BoundRanges,
         CollectMoments,
         ChooseKernels,
         HalveConstants,
@@ -60,6 +67,7 @@ PASSES: Mapping[str, type[Pass]] = {
         RoundUniquanf,
         MatchMoments,
         CorrectBias,
+        RepairLowRank,
         Recover,
     )
 }
