@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from octavo.ir.calibration import Batches, Feed
+    from octavo.ir.facts import Ranges
 
 # Where calibration data comes from. `real` is what a user hands over without another name.
 Origin = Literal[
@@ -26,6 +27,9 @@ Origin = Literal[
     "sampled",
     "analytic",
 ]
+
+# The method of ranges that rest on no data.
+ANALYTIC = "analytic"
 
 
 @final
@@ -82,8 +86,8 @@ class Synthetic:
         return iter(self.feeds)
 
 
-def origin_of(batches: Batches | None) -> str:
-    """Where data comes from, for the manifest; nothing where there is none."""
+def origin_of(batches: Batches | None, ranges: Ranges | None) -> str:
+    """Where data or ranges come from, for the manifest; nothing where there are none."""
     if batches is None:
-        return ""
+        return ANALYTIC if ranges is not None and ranges.method == ANALYTIC else ""
     return str(getattr(batches, "origin", "real"))

@@ -55,7 +55,8 @@ def patch_entropy(attended: Tensor, generator: torch.Generator) -> Tensor:
     points = low + (high - low) * torch.linspace(0, 1, _POINTS)
     scaled = (points[:, :, None] - similar[:, None, :]) / width[:, :, None]
     density = torch.exp(-0.5 * scaled.square()).mean(2) / (width * math.sqrt(2 * math.pi))
-    return torch.trapezoid(-density * torch.log(density + _TINY), points, dim=1).mean()
+    entropy: Tensor = torch.trapezoid(-density * torch.log(density + _TINY), points, dim=1)
+    return entropy.mean()
 
 
 def moved(images: Tensor, reach: int, generator: torch.Generator) -> Tensor:

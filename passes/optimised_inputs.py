@@ -1,0 +1,189 @@
+"""Groups of optimised inputs, each from a seed of its own; what is finished is kept."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, final
+
+import numpy as np
+
+from octavo.ir.cache import cache_key
+from octavo.ir.errors import CalibrationError
+from octavo.ir.synthetic import Synthetic
+from octavo.ir.versions import versions
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from octavo.ir.model import Model
+    from octavo.ir.torch_synthesis import Objective, Outcome, Start
+    from octavo.passes.base import PassContext
+    from octavo.passes.evidence import Evidence
+    from octavo.passes.input_laws import InputLaw
+    from octavo.passes.synthesis import Synthesis
+
+    Feed = dict[str, NDArray[np.generic]]
+
+_FEED_SAMPLES = 8
+
+
+@final
+@dataclass(frozen=True)
+class InputGroups:
+    """One synthesis: groups of samples, each from a seed of its own."""
+
+    how: Synthesis
+    model: Model
+    ctx: PassContext
+    evidence: Evidence
+    shapes: Mapping[str, tuple[int, ...]]
+    laws: Mapping[str, InputLaw]
+
+    def run(self) -> Synthetic:
+        from octavo.ir.torch_losses import one_thread
+
+        feeds: list[Feed] = []
+        groups: list[int] = []
+        outcomes: list[Outcome] = []
+        rounds = group_count(self.how.samples, self.shapes)
+        deadline = time.monotonic() + self.how.seconds
+        with one_thread():
+            objective = self._objective()
+            for group in range(rounds):
+                left = deadline - time.monotonic()
+                if outcomes and left <= 0:
+                    break
+                feed, outcome = self._group(objective, group, rounds, left / (rounds - group))
+                outcomes.append(outcome)
+                made = list(divided(feed))
+                feeds += made
+                groups += [group] * len(made)
+        distance = float(np.mean([outcome.distance for outcome in outcomes]))
+        notes = tuple(_notes(outcomes, rounds))
+        return Synthetic(tuple(feeds), self.evidence.origin, tuple(groups), distance, notes)
+
+    def _objective(self) -> Objective:
+        from octavo.ir.torch_module import differentiable
+        from octavo.ir.torch_synthesis import Objective, Terms
+
+        how, found = self.how, self.evidence
+        moments = found.moments if how.statistics else ()
+        attended = found.attended if how.entropy else ()
+        logits = found.logits if how.labels else ""
+        wanted = dict.fromkeys([*(m.value for m in moments), *attended, *filter(None, [logits])])
+        terms = Terms(
+            statistics=how.statistics, labels=how.labels, entropy=how.entropy,
+            variation=how.variation, low_pass=how.low_pass, roll=how.roll,
+        )  # fmt: skip
+        return Objective(differentiable(self.model, list(wanted)), moments, attended, logits, terms)
+
+    def _group(
+        self, objective: Objective, group: int, rounds: int, seconds: float
+    ) -> tuple[Feed, Outcome]:
+        """One group, from the cache where an earlier run has made it."""
+        from octavo.ir.torch_synthesis import Descent
+
+        made = draw(self.shapes, self.laws, self.model, self.ctx.rng(f"synthesis {group}"))
+        starts = self._starts(made)
+        fixed = {name: array for name, array in made.items() if name not in starts}
+        cache, key = self.ctx.cache, self._key(group)
+        stored = cache.get(key) if cache is not None else None
+        if stored is not None:
+            arrays, outcome = _decode(stored)
+        else:
+            descent = Descent(self.how.steps, self.how.rate, seconds, self.ctx.seed + group)
+            outcome = descent.run(objective, starts, fixed, self._progress(group, rounds))
+            arrays = dict(outcome.arrays)
+            if not np.isfinite(outcome.distance) and not outcome.steps:
+                raise _diverged(self.model)
+            if cache is not None and not outcome.late:
+                cache.put(key, _encode(outcome))
+        return {name: {**made, **arrays}[name] for name in made}, outcome
+
+    def _progress(self, group: int, rounds: int) -> Callable[[int, int], None]:
+        def report(done: int, steps: int) -> None:
+            self.ctx.progress("synthesize", group * steps + done, rounds * steps)
+
+        return report
+
+    def _starts(self, drawn: Feed) -> dict[str, Start]:
+        from octavo.ir.torch_synthesis import Start
+
+        return {
+            name: Start(drawn[name], law.deviation, law.low, law.high)
+            for name, law in self.laws.items()
+            if law.kind != "ids" and drawn[name].dtype.kind == "f"
+        }
+
+    def _key(self, group: int) -> str:
+        options = repr(replace(self.how, seconds=0.0, samples=0))
+        return cache_key(
+            "synthesis", self.model.fingerprint, options, f"{self.ctx.seed} {group}",
+            repr(self.shapes), repr(sorted(versions().items())),
+        )  # fmt: skip
+
+
+def draw(
+    shapes: Mapping[str, tuple[int, ...]],
+    laws: Mapping[str, InputLaw],
+    model: Model,
+    rng: np.random.Generator,
+) -> Feed:
+    """One group of every input, by its law."""
+    types = {v.name or "": v.dtype.numpy() if v.dtype else np.float32 for v in model.graph.inputs}
+    return {n: laws[n].sample(shape, np.dtype(types[n]), rng) for n, shape in shapes.items()}
+
+
+def divided(feed: Feed) -> Iterator[Feed]:
+    """Feeds of a few samples each where all inputs count samples first."""
+    counts = {array.shape[:1] for array in feed.values()}
+    if len(counts) > 1 or not next(iter(counts), ()):
+        yield feed
+        return
+    ((count,),) = counts
+    for k in range(0, count, _FEED_SAMPLES):
+        yield {name: array[k : k + _FEED_SAMPLES] for name, array in feed.items()}
+
+
+def _notes(outcomes: Sequence[Outcome], rounds: int) -> Iterator[str]:
+    if any(outcome.late for outcome in outcomes) or len(outcomes) < rounds:
+        steps = sum(outcome.steps for outcome in outcomes)
+        yield f"the clock ended the synthesis after {steps} steps in {len(outcomes)} groups"
+    if restarts := sum(outcome.restarts for outcome in outcomes):
+        yield f"the optimisation was not finite and began again {restarts} time(s), more slowly"
+
+
+def _encode(outcome: Outcome) -> bytes:
+    content = io.BytesIO()
+    how = np.array([outcome.distance, outcome.steps, outcome.restarts])
+    names = list(outcome.arrays)
+    arrays = {f"array_{k}": outcome.arrays[name] for k, name in enumerate(names)}
+    np.savez(content, allow_pickle=False, how=how, names=np.array(names), **arrays)
+    return content.getvalue()
+
+
+def _decode(stored: bytes) -> tuple[Feed, Outcome]:
+    from octavo.ir.torch_synthesis import Outcome
+
+    with np.load(io.BytesIO(stored), allow_pickle=False) as content:
+        names = [str(name) for name in content["names"]]
+        arrays: Feed = {name: content[f"array_{k}"] for k, name in enumerate(names)}
+        distance, steps, restarts = content["how"].tolist()
+    return arrays, Outcome(arrays, distance, int(steps), int(restarts), late=False)
+
+
+def _diverged(model: Model) -> CalibrationError:
+    return CalibrationError(
+        "the optimisation of inputs is not finite, with smaller steps neither",
+        where=model.source.name,
+        hint="bound the inputs, as --input 'x=uniform(-2,2)'",
+    )
+
+
+def group_count(samples: int, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """How many groups of the shapes' first axis hold that many samples."""
+    first = next((shape[0] for shape in shapes.values() if shape), 1)
+    return max(1, -(-samples // first))

@@ -1,0 +1,101 @@
+"""Calibration text from a model alone: its own where it writes any, else random tokens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+from octavo.ir.errors import UsageError
+from octavo.ir.synthetic import Synthetic
+from octavo.ir.vocabulary import Vocabulary
+from octavo.passes.own_text import OwnText, empty_feed, is_causal, text_logits
+from octavo.passes.token_feeds import TokenFeeds
+
+if TYPE_CHECKING:
+    from octavo.passes.base import PassContext
+    from octavo.passes.input_laws import InputLaw
+    from octavo.passes.synthesis import Synthesis
+    from octavo.passes.token_feeds import Feed, Run
+    from octavo.passes.token_inputs import TokenInputs
+
+_INFILL_ROUNDS = 4
+_GROUPS = 2
+_WITHOUT_TOKENIZER = "no tokenizer: all tokens are alike, and no text begins or ends with one"
+
+
+@final
+@dataclass(frozen=True)
+class TextSynthesis:
+    """Texts for one model. Raises UsageError for inputs that token ids do not fill."""
+
+    how: Synthesis
+    inputs: TokenInputs
+    ctx: PassContext
+
+    def run(self) -> Synthetic:
+        """Two independent groups: a decoder's own text, rewritten or random tokens otherwise."""
+        if unknown := self.inputs.unknown():
+            message = f"input '{unknown[0]}' is read beside token ids, and nothing tells its range"
+            raise UsageError(message, hint="give --calibration")
+        vocabulary = self._vocabulary()
+        feeds = TokenFeeds(self.inputs, vocabulary, self.how.length, self.how.prior)
+        run: Run = self.ctx.evaluator.load(self.inputs.model)
+        rng = self.ctx.rng("synthesis causal")
+        writes = text_logits(self.inputs, run(empty_feed(self.inputs, feeds.words[:8])))
+        causal = writes and is_causal(self.inputs, run, feeds.words, rng)
+        if causal:
+            return self._written(feeds, run)
+        return self._random(feeds, run if writes and vocabulary.mask is not None else None)
+
+    def _vocabulary(self) -> Vocabulary:
+        law: InputLaw | None = self.how.laws.get(self.inputs.ids)
+        if law is not None and law.kind == "ids":
+            below = frozenset(range(int(law.first)))
+            return Vocabulary(min(int(law.second) + 1, self.inputs.rows), special=below)
+        known = self.how.vocabulary
+        where = self.inputs.model.source.name
+        return known.fitted(self.inputs.rows, where) if known else Vocabulary(self.inputs.rows)
+
+    def _notes(self) -> tuple[str, ...]:
+        known = self.how.vocabulary is not None or self.inputs.ids in self.how.laws
+        return () if known else (_WITHOUT_TOKENIZER,)
+
+    def _random(self, tokens: TokenFeeds, run: Run | None) -> Synthetic:
+        feeds: list[Feed] = []
+        groups: list[int] = []
+        for group in range(_GROUPS):
+            rng = self.ctx.rng(f"synthesis {group}")
+            made = list(tokens.draw(-(-self.how.samples // _GROUPS), rng))
+            if run is not None:
+                made = [tokens.infilled(feed, run, _INFILL_ROUNDS, rng) for feed in made]
+            feeds += made
+            groups += [group] * len(made)
+            self.ctx.progress("synthesize", group + 1, _GROUPS)
+        return Synthetic(tuple(feeds), "sampled-text", tuple(groups), notes=self._notes())
+
+    def _written(self, tokens: TokenFeeds, run: Run) -> Synthetic:
+        feeds: list[Feed] = []
+        groups: list[int] = []
+        late, begin = False, tokens.vocabulary.begin
+        own = OwnText(self.inputs, tokens.words, begin, self.how.length, run)
+        deadline = time.monotonic() + self.how.seconds
+        for group in range(_GROUPS):
+            left = (deadline - time.monotonic()) / (_GROUPS - group)
+            count = -(-self.how.samples // _GROUPS)
+            rng = self.ctx.rng(f"synthesis {group}")
+            made, cut = own.write(count, rng, left, self._progress(group))
+            feeds += made
+            groups += [group] * len(made)
+            late = late or cut
+        texts = sum(len(feed[self.inputs.ids]) for feed in feeds)
+        cut_note = (f"the clock ended the writing after {texts} texts",) if late else ()
+        notes = (*self._notes(), *cut_note)
+        return Synthetic(tuple(feeds), "generated-text", tuple(groups), notes=notes)
+
+    def _progress(self, group: int) -> Callable[[int, int], None]:
+        def report(done: int, total: int) -> None:
+            self.ctx.progress("synthesize", group * total + done, _GROUPS * total)
+
+        return report
