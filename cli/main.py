@@ -16,6 +16,7 @@ from octavo.cli.bench_command import bench
 from octavo.cli.compile_command import compile_
 from octavo.cli.inspect_command import inspect
 from octavo.cli.models_command import models_app
+from octavo.cli.order_command import order
 from octavo.cli.passes_command import passes
 from octavo.cli.plan_command import plan
 from octavo.cli.profile_command import profile
@@ -43,7 +44,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("compile")(compile_)
-for _command in (plan, profile, sensitivity, inspect, bench, verify, run, replay, passes):
+for _command in (plan, profile, sensitivity, order, inspect, bench, verify, run, replay, passes):
     app.command()(_command)
 app.add_typer(targets_app, name="targets")
 app.add_typer(models_app, name="models")
