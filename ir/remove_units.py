@@ -106,13 +106,22 @@ class _Edit:
         graph.register_initializer(value)
         if index >= len(node.inputs):
             node.resize_inputs(index + 1)
+        old = node.inputs[index]
         node.replace_input_with(index, value)
+        if old is not None and _unread(old):
+            graph.initializers.pop(old.name or "")
 
     def constant(self, node: onnx_ir.Node, index: int) -> NDArray[np.generic]:
         value = node.inputs[index]
         assert value is not None
         assert value.const_value is not None
         return value.const_value.numpy()
+
+
+def _unread(value: onnx_ir.Value) -> bool:
+    """Whether a constant has no reader left and no name that a caller knows."""
+    known = value.is_graph_input() or value.is_graph_output()
+    return value.is_initializer() and not value.uses() and not known
 
 
 def _shape_input(edit: _Edit, node: onnx_ir.Node, index: int, data: onnx_ir.Value | None) -> None:
@@ -296,10 +305,11 @@ def _mean(edit: _Edit, node: onnx_ir.Node) -> None:
     output = node.outputs[0]
     scaled = onnx_ir.node("Mul", [output, output], name=f"{node.name}_share")
     scaled.metadata_props.update(node.metadata_props)
-    scaled.outputs[0].name = f"{output.name}_share"
+    scaled.outputs[0].name, output.name = output.name, f"{output.name}_mean"
     scaled.outputs[0].shape, scaled.outputs[0].type = output.shape, output.type
     edit.model.graph.insert_after(node, scaled)
-    output.replace_all_uses_with(scaled.outputs[0])
+    output.replace_all_uses_with(scaled.outputs[0], replace_graph_outputs=True)
+    output.shape = None
     scaled.replace_input_with(0, output)
     dtype = output.dtype.numpy() if output.dtype is not None else np.float32
     edit.set_input(scaled, 1, np.array(share, dtype))

@@ -27,7 +27,7 @@ class PruneChannels(Pass):
     `score`: `surgeon` removes what the layers behind can make up for best, `magnitude` looks at
     weights, `activation` at ‖W·X‖, `taylor` at the loss by a gate's gradient, `kprune` at both.
     Between groups it is measured what each width of each group does to the outputs. Widths are
-    multiples of `round_to`. `repair=least-squares` then fits every linear layer to its original
+    multiples of `round-to`. `repair=least-squares` then fits every linear layer to its original
     output on what it reads now, first to last; `closed-form` fits the layers right behind by
     second moments that follow from the weights before them, without data.
     **Why.** A layer with half of the channels takes half of the time on any runtime.

@@ -73,8 +73,9 @@ class Pruning:
             message = f"a ratio of {self.ratio:g} does not lie between 0 and 1"
             hint = "ratio=0.5 removes half; leave the pass out to remove nothing"
             raise UsageError(message, where=where, hint=hint)
-        if self.round_to < 1 or self.offers < 1 or self.samples < 1:
-            raise UsageError("round_to, offers and samples must be at least 1", where=where)
+        if self.round_to < 1 or self.offers < 2 or self.samples < 1:
+            message = "round-to and samples must be at least 1, and offers 2"
+            raise UsageError(message, where=where)
 
     def _with_data(self, ctx: PassContext) -> tuple[Score, Repair]:
         """Score and repair as asked, or what is possible without calibration data."""
@@ -121,14 +122,14 @@ class Pruning:
     ) -> dict[str, int]:
         found = offers(pruner, names, self.round_to, self.offers, _MEASURED_SAMPLES)
         for name in [name for name in names if not found[name]]:
-            text = f"{pruner.groups[name].units} units are no more than round_to={self.round_to}"
+            text = f"{pruner.groups[name].units} units are no more than round-to={self.round_to}"
             ctx.remark("missed", name.partition("#")[0], text)
             del found[name]
         if not found:
             raise GoalNotMet(
                 f"{self.name} finds no layer wider than {self.round_to}",
                 where=model.source.name,
-                hint="round_to=1 removes single units",
+                hint="round-to=1 removes single units",
             )
         if self.of == "macs":
             work = Work.of(model, ctx, pruner.groups)
@@ -143,7 +144,12 @@ class Pruning:
         for alike in _classes(pruner, found):
             units = {name: pruner.groups[name].units for name in alike}
             some = {name: found[name] for name in alike}
-            part = allocate(some, units, partial(_unit_share, units), self.ratio)
+            share = partial(_unit_share, units)
+            most = share({name: min(w.kept for w in offered) for name, offered in some.items()})
+            if most < self.ratio:
+                text = f"no more than {most:.0%} can go of the {sum(units.values())} units alike"
+                ctx.remark("missed", alike[0].partition("#")[0], text)
+            part = allocate(some, units, share, min(self.ratio, most))
             result |= self._enough(part, model)
         return result
 
@@ -152,8 +158,8 @@ class Pruning:
             raise GoalNotMet(
                 f"{self.name} cannot remove {self.ratio:.0%} of the {self.of}",
                 where=model.source.name,
-                why=f"every group keeps at least {self.round_to} channels or one head",
-                hint="give a smaller ratio or round_to",
+                why="what may go leaves more",
+                hint="give a smaller ratio or round-to",
             )
         return kept
 
