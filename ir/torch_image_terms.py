@@ -33,7 +33,8 @@ def low_passed(images: Tensor, share: float) -> Tensor:
     distance = vertical[:, None].square() + horizontal[None, :].square()
     kept = torch.exp(-distance / (2 * reach * reach))
     spectrum = torch.fft.rfft2(images) * kept
-    return torch.fft.irfft2(spectrum, s=(height, width)).to(images.dtype)
+    filtered: Tensor = torch.fft.irfft2(spectrum, s=(height, width))
+    return filtered.to(images.dtype)
 
 
 def patch_entropy(attended: Tensor, generator: torch.Generator) -> Tensor:

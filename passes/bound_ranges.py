@@ -28,9 +28,9 @@ class BoundRanges(Pass):
     Ranges that calibration found before are cut to these; without data these are the ranges.
     **Why.** Nobody may hand out data, and a static integer kernel needs its ranges.
     **When it does not apply.** Values behind operators that bound nothing; the remark says which.
-    **Cost and accuracy.** Less than a second. Channels count as independent and normal, so ranges
-    are wider than measured ones, most behind sums and products. Inputs are taken as normal with
-    mean 0 and deviation 1 where `inputs` says nothing, as x=uniform(0,1).
+    **Cost and accuracy.** Less than a second. Channels count as independent and normal: ranges
+    behind norms are close to measured ones, those behind sums and products wider. Inputs are
+    taken as normal with mean 0 and deviation 1 where `inputs` says nothing, as x=uniform(0,1).
     """
 
     name = "bound-ranges"
@@ -45,9 +45,9 @@ class BoundRanges(Pass):
         bounds = Propagation(model, self.deviations)
         bounds.run(parse_laws(self.inputs))
         known = model.find(Ranges)
-        wanted = dict.fromkeys(s.value for s in ctx.statistics if s.kind == "range")
         by_value = dict(known.by_value) if known is not None else {}
-        for name in wanted:
+        wanted = [s.value for s in ctx.statistics if s.kind == "range"]
+        for name in dict.fromkeys([*by_value, *wanted]):
             law = bounds.laws.get(name)
             if law is None:
                 ctx.remark("missed", name, bounds.why.get(name, "no value has this name"))
