@@ -44,6 +44,11 @@ class CalibrationData:
     warnings: tuple[str, ...]
     kept: tuple[Feed, ...] | None = None
 
+    @property
+    def origin(self) -> str:
+        """Where the data comes from: real, or what octavo calls data it made."""
+        return self.items.origin
+
     def __iter__(self) -> Iterator[Feed]:
         if self.kept is not None:
             return _grouped(self.kept, self.inputs)

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, final
+from typing import IO, TYPE_CHECKING, Any, final, get_args
 
 import numpy as np
 
 from octavo.cli.model_inputs import LABELS, Array, Item
 from octavo.cli.preprocess import IMAGE_SUFFIXES
 from octavo.ir.errors import CalibrationError
+from octavo.ir.synthetic import Origin
 
 if TYPE_CHECKING:
     from octavo.cli.preprocess import Preprocess
@@ -40,12 +41,14 @@ class Items:
     """`count` items that `read` yields for sorted indices, one in memory at a time.
 
     `labels` has one entry per item; `rereadable` is False where a second read may differ.
+    `origin` is what octavo calls data that it made itself.
     """
 
     count: int
     read: Callable[[Sequence[int]], Iterator[Entry]]
     labels: Array | None = None
     rereadable: bool = True
+    origin: str = "real"
 
 
 def open_items(spec: object, preprocess: Preprocess | None, limit: int) -> Items:
@@ -98,6 +101,7 @@ def _from_arrays(arrays: Mapping[str, Array]) -> Items:
 def _from_archive(path: Path) -> Items:
     """Samples along the first axis of each member, read in order and not all at once."""
     with _archive(path) as archive:
+        origin = _origin(archive)
         names = [name for name in archive.namelist() if name.endswith(".npy")]
         counts = {}
         for name in names:
@@ -115,7 +119,13 @@ def _from_archive(path: Path) -> Items:
                 item = {name: rows.row(index) for name, rows in members.items()}
                 yield Entry(f"sample {index} of {path.name}", item)
 
-    return Items(count, read, labels)
+    return Items(count, read, labels, origin=origin)
+
+
+def _origin(archive: zipfile.ZipFile) -> str:
+    """What `octavo synthesize` left in the archive's comment."""
+    tool, _, origin = archive.comment.decode(errors="replace").partition(" ")
+    return origin if tool == "octavo" and origin in get_args(Origin) else "real"
 
 
 class _Rows:

@@ -32,11 +32,12 @@ from octavo.ir.cache import Cache
 from octavo.ir.calibration import Part
 from octavo.ir.cost import AnalyticCost
 from octavo.ir.errors import UnknownName, UsageError
-from octavo.ir.facts import Plan
+from octavo.ir.facts import Plan, Ranges
 from octavo.ir.menu import Menu, Sensitivity, Solution
 from octavo.ir.plan_json import planning_json
 from octavo.ir.read import read
 from octavo.ir.shapes import concrete_elements
+from octavo.ir.synthetic import origin_of
 from octavo.ir.write import write
 from octavo.passes.allocate import Allocate
 from octavo.passes.base import PassContext
@@ -120,6 +121,7 @@ class Compiled:
             seed=self.request.seed,
             calibration_sha256=calibration.sha256 if calibration else "",
             calibration_samples=calibration.samples if calibration else 0,
+            calibration_source=origin_of(calibration, self.model.find(Ranges)),
             config={
                 "keep_float": " ".join(self.request.keep_float),
                 "shapes": " ".join(f"{k}={v}" for k, v in self.bench.shapes.items()),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, final
 
@@ -13,14 +13,17 @@ from octavo.cli import compile_options as options
 from octavo.cli.option_groups import spelled_out
 from octavo.cli.plan_options import PlanOptions
 from octavo.cli.render import AsJson
+from octavo.cli.synthetic_options import SyntheticOptions
 from octavo.ir.errors import GoalNotMet, VerificationFailed
 
 if TYPE_CHECKING:
     from octavo.cli.compilation import Compiled
     from octavo.cli.progress import Progress
     from octavo.cli.request import Request
+    from octavo.cli.synthetic_data import Chosen
     from octavo.ir import model as ir_model
     from octavo.ir.artifact_io import Manifest
+    from octavo.ir.cache import Cache
     from octavo.ir.calibration import Batches
     from octavo.passes.instruments import Instrument
 
@@ -39,6 +42,7 @@ def compile_(
     output: Output,
     compiling: options.CompileOptions,
     planning: PlanOptions,
+    making: SyntheticOptions,
     calibration: options.Calibration = "",
     preprocess: options.Preprocess = "",
     force: Force = False,
@@ -55,7 +59,7 @@ def compile_(
     from octavo.ir.output_folder import open_output
 
     request = compiling.request(planning)
-    work = _Work(model, calibration, preprocess, request, dump_ir, cache)
+    work = _Work(model, calibration, preprocess, making, request, dump_ir, cache)
     with open_output(output, force=force, source=model) as folder:
         compiled, manifest = work.run(folder)
     show(compiled, manifest, output, as_json)
@@ -73,6 +77,7 @@ class _Work:
     model: Path
     calibration: str
     preprocess: str
+    making: SyntheticOptions
     request: Request
     dump_ir: Path | None
     cache: bool
@@ -88,16 +93,29 @@ class _Work:
         scratch = tempfile.TemporaryDirectory(prefix=".work-", dir=folder)
         with progress_bars() as progress, scratch as workdir:
             source = read(self.model)
+            cache = Cache(default_folder()) if self.cache else None
+            data = self._data(source, cache, progress)
             compiled = compile_model(
                 source,
-                calibration=batches_of(self.calibration, self.preprocess, source),
-                request=self.request,
-                cache=Cache(default_folder()) if self.cache else None,
+                calibration=data.batches,
+                request=data.request,
+                cache=cache,
                 workdir=Path(workdir),
                 instruments=_instruments(self.dump_ir, progress),
                 progress=progress,
             )
+            compiled = replace(compiled, notes=(*compiled.notes, *data.notes))
             return compiled, compiled.write(folder)
+
+    def _data(self, source: ir_model.Model, cache: Cache | None, progress: Progress) -> Chosen:
+        """The calibration that was named, or data made from the model."""
+        from octavo.cli.synthetic_data import ANALYTIC, NONE, SYNTHETIC, Chosen, Maker, chosen
+
+        if self.calibration not in ("", ANALYTIC, NONE, SYNTHETIC):
+            return Chosen(batches_of(self.calibration, self.preprocess, source), self.request)
+        maker = Maker(source, self.request.target, self.request.seed, cache, progress)
+        how = replace(self.making.synthesis(self.model), shapes=self.request.shapes or {})
+        return chosen(self.calibration, maker, how, self.request)
 
 
 def batches_of(calibration: str, preprocess: str, source: ir_model.Model) -> Batches | None:

@@ -20,7 +20,8 @@ Calibration = Annotated[
         "--calibration",
         "-c",
         help="An .npz by input name, a folder of .npy, .npz or images, or module:function; "
-        "without it no static int8.",
+        "synthetic or analytic without data, none for no static int8; without it synthetic "
+        "where the model says enough of its inputs.",
     ),
 ]
 Preprocess = Annotated[

@@ -78,7 +78,10 @@ def _lines(compiled: Compiled, manifest: Manifest, output: Path) -> Iterator[str
     yield from (f"             {finding}" for finding in audit.findings)
     yield from _plan_lines(compiled)
     if manifest.calibration_samples:
-        yield f"calibration: {manifest.calibration_samples} samples"
+        source = "" if manifest.calibration_source == "real" else f", {manifest.calibration_source}"
+        yield f"calibration: {manifest.calibration_samples} samples{source}"
+    elif manifest.calibration_source:
+        yield f"calibration: no data, {manifest.calibration_source} ranges"
     else:
         yield "calibration: none given (--calibration), so activations have no static parameters"
     yield f"pipeline:    {manifest.pipeline}"

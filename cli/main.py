@@ -24,6 +24,7 @@ from octavo.cli.render import print_error, print_message
 from octavo.cli.replay_command import replay
 from octavo.cli.run_command import run
 from octavo.cli.sensitivity_command import sensitivity
+from octavo.cli.synthesize_command import synthesize
 from octavo.cli.targets_command import targets_app
 from octavo.cli.verify_command import verify
 from octavo.ir.errors import OctavoError
@@ -44,7 +45,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("compile")(compile_)
-for _command in (plan, profile, sensitivity, order, inspect, bench, verify, run, replay, passes):
+for _command in (
+    plan, synthesize, profile, sensitivity, order, inspect, bench, verify, run, replay, passes,
+):  # fmt: skip
     app.command()(_command)
 app.add_typer(targets_app, name="targets")
 app.add_typer(models_app, name="models")

@@ -26,9 +26,13 @@ class StoredArray:
         return read
 
 
-def write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
-    """Write arrays under any names; `numpy.savez` refuses a few. Strings become fixed width."""
+def write_arrays(path: Path, arrays: Mapping[str, Array], *, comment: str = "") -> None:
+    """Write arrays under any names; `numpy.savez` refuses a few. Strings become fixed width.
+
+    `comment` is what the archive says of itself.
+    """
     with zipfile.ZipFile(path, "w") as archive:
+        archive.comment = comment.encode()
         for name, array in arrays.items():
             plain = array.astype(np.str_) if array.dtype == np.object_ else array
             # A name, not a ZipInfo of now: entries opened by name carry no date.

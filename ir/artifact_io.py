@@ -48,6 +48,7 @@ class FileEntry:
 class Manifest:
     """What was compiled from what and how, without times, dates, paths or host names.
 
+    `calibration_source` is `real`, the name of data made from the model, or `analytic`.
     `config` is the request (option → value), `results` what came out (name → number or text),
     both as far as compiling again gives the same; `files` is filled when the manifest is written.
     """
@@ -58,6 +59,7 @@ class Manifest:
     seed: int
     calibration_sha256: str = ""
     calibration_samples: int = 0
+    calibration_source: str = ""
     config: Mapping[str, Scalar] = field(default_factory=dict)
     results: Mapping[str, Scalar] = field(default_factory=dict)
     session_options: Mapping[str, str] = field(default_factory=dict)

@@ -31,6 +31,7 @@ from octavo.passes.reproducer import Reproducer
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (
     "compile", "inspect", "bench", "verify", "run", "replay", "passes", "targets", "models",
+    "synthesize",
 )  # fmt: skip
 Octavo = Callable[..., Any]
 

@@ -50,14 +50,15 @@ def test_compiling_again_gives_the_same_bytes(
 
 
 def test_the_report_states_what_was_assumed(octavo: Octavo, network: Path, tmp_path: Path) -> None:
-    result = octavo("compile", network, "-o", tmp_path / "out", "--no-measure")
+    result = octavo("compile", network, "-o", tmp_path / "out", "-c", "none", "--no-measure")
     assert (result.code, result.err) == (0, "")
     for part in ("none given (--calibration)", "seed:        0", "1 thread(s)", "random", "1.00x"):
         assert part in result.out
 
 
 def test_json_is_nothing_but_json(octavo: Octavo, network: Path, tmp_path: Path) -> None:
-    result = octavo("compile", network, "-o", tmp_path / "out", "--no-measure", "--json")
+    arguments = ("-o", tmp_path / "out", "-c", "none", "--no-measure", "--json")
+    result = octavo("compile", network, *arguments)
     content = json.loads(result.out)
     assert content["audit"]["ok"] is True
     assert content["manifest"]["source"]["name"] == network.name
@@ -65,7 +66,7 @@ def test_json_is_nothing_but_json(octavo: Octavo, network: Path, tmp_path: Path)
 
 
 def test_dumps_show_every_change(octavo: Octavo, network: Path, tmp_path: Path) -> None:
-    arguments = ("--no-measure", "--dump-ir", tmp_path / "ir")
+    arguments = ("-c", "none", "--no-measure", "--dump-ir", tmp_path / "ir")
     assert octavo("compile", network, "-o", tmp_path / "out", *arguments).code == 0
     names = sorted(path.name for path in (tmp_path / "ir").iterdir())
     assert names[0] == "000_source.onnx.txt"
@@ -84,7 +85,7 @@ def test_a_failure_leaves_nothing(
         raise error("sudden")
 
     monkeypatch.setattr(compilation, "compile_model", failing)
-    result = octavo("compile", network, "-o", tmp_path / "out")
+    result = octavo("compile", network, "-o", tmp_path / "out", "-c", "none")
     if error is KeyboardInterrupt:
         assert (result.code, result.err) == (
             130,
@@ -100,7 +101,7 @@ def test_a_bug_shows_its_traceback_only_on_request(
     octavo: Octavo, network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compilation, "compile_model", lambda *a, **k: 1 / 0)
-    arguments = ("compile", network, "-o", tmp_path / "out")
+    arguments = ("compile", network, "-o", tmp_path / "out", "-c", "none")
     assert "Traceback" not in octavo(*arguments).err
     shown = octavo(*arguments, "--traceback")
     assert shown.code == 1
@@ -121,7 +122,7 @@ def test_a_signal_that_native_code_wraps_is_still_one(
         raise ImportError("a module did not load") from cause
 
     monkeypatch.setattr(compilation, "compile_model", failing)
-    result = octavo("compile", network, "-o", tmp_path / "out")
+    result = octavo("compile", network, "-o", tmp_path / "out", "-c", "none")
     assert result.code == code
     assert "ImportError" not in result.err
 

@@ -1,0 +1,148 @@
+"""Calibration data that octavo makes itself: on request, or where none was given and it can."""
+
+from __future__ import annotations
+
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, final
+
+from octavo.ir.errors import OctavoError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from octavo.cli.progress import Progress
+    from octavo.cli.request import Request
+    from octavo.ir.cache import Cache
+    from octavo.ir.calibration import Batches
+    from octavo.ir.model import Model
+    from octavo.ir.synthetic import Synthetic
+    from octavo.passes.base import PassContext
+    from octavo.passes.synthesis import Synthesis
+
+SYNTHETIC, ANALYTIC, NONE = "synthetic", "analytic", "none"
+_ANALYTIC_PRESET = "int8-analytic"
+# Of a compilation that was given no data; a model that takes longer compiles as before.
+_UNASKED_SECONDS = 60.0
+_ENOUGH_TRUST = 0.5
+
+
+@final
+@dataclass(frozen=True)
+class Chosen:
+    """The calibration of a compilation, the request it leads to, and what to say of it."""
+
+    batches: Batches | None
+    request: Request
+    notes: tuple[str, ...] = ()
+
+
+@final
+@dataclass(frozen=True)
+class Maker:
+    """Makes data for one model, with a target to ask which ranges matter."""
+
+    source: Model
+    target: str
+    seed: int
+    cache: Cache | None
+    progress: Progress
+
+    def make(self, how: Synthesis, real: Batches | None = None) -> Synthetic:
+        """Feeds and the trust in them. Raises what `Synthesis.run` does."""
+        from octavo.passes.trust import Truster
+
+        with self._context() as ctx:
+            model = self._canonical(ctx)
+            made = how.run(model, ctx)
+            trust = Truster(model, ctx, how.laws).of(made, real)
+        return replace(made, trust=trust)
+
+    def unasked(self, how: Synthesis) -> str:
+        """Why no data is made for this model unless somebody asks; empty where it is."""
+        from octavo.passes.input_laws import laws_of
+        from octavo.passes.token_inputs import TokenInputs
+
+        if find_spec("torch") is None:
+            return "torch is not installed"
+        with self._context() as ctx:
+            model = self._canonical(ctx)
+            if TokenInputs.of(model) is not None:
+                return "it reads token ids"
+            from octavo.passes.evidence import Evidence
+
+            laws = laws_of(model, how.laws)
+            return Evidence.of(model).why_not(how.statistics, 0.0, laws)
+
+    def _canonical(self, ctx: PassContext) -> Model:
+        from octavo.passes.canonicalize import Canonicalize
+        from octavo.passes.pipeline import Pipeline
+
+        return Pipeline((Canonicalize(),)).run(self.source, ctx).model
+
+    @contextmanager
+    def _context(self) -> Iterator[PassContext]:
+        from octavo.backends.ort_session import OrtEvaluator
+        from octavo.backends.ort_target import TARGETS
+        from octavo.ir.cost import AnalyticCost
+        from octavo.passes.base import PassContext
+
+        target = TARGETS[self.target]
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as executor:
+            yield PassContext(
+                target=target,
+                cost=AnalyticCost(target),
+                evaluator=OrtEvaluator(threads=2),
+                executor=executor,
+                workdir=Path(folder),
+                seed=self.seed,
+                cache=self.cache,
+                progress=self.progress,
+            )
+
+
+def chosen(named: str, maker: Maker, how: Synthesis, request: Request) -> Chosen:
+    """Data for `synthetic`, ranges without data for `analytic`; for nothing, data if it is good.
+
+    What the model does not support leaves a compilation without data as it was.
+    """
+    if named == NONE:
+        return Chosen(None, request)
+    if named == ANALYTIC:
+        if request.pipeline or request.planned:
+            message = "ranges without data have a pipeline of their own"
+            raise UsageError(
+                message, hint="put bound-ranges into --pipeline, without --calibration"
+            )
+        return Chosen(None, replace(request, pipeline=_ANALYTIC_PRESET))
+    if named == SYNTHETIC:
+        made = maker.make(how)
+        return Chosen(made, request, tuple(_said(made)))
+    return _by_default(maker, how, request)
+
+
+def _by_default(maker: Maker, how: Synthesis, request: Request) -> Chosen:
+    if request.pipeline or request.max_drop or maker.unasked(how):
+        return Chosen(None, request)
+    how = replace(how, seconds=min(how.seconds, _UNASKED_SECONDS))
+    try:
+        made = maker.make(how)
+    except OctavoError as error:
+        note = f"no data given, and none could be made: {error.what}"
+        return Chosen(None, request, (note,))
+    trust = made.trust
+    if trust is None or trust.value < _ENOUGH_TRUST:
+        text = trust.text if trust is not None else "0"
+        note = f"data made from the model is not trusted ({text}): kernels without static ranges"
+        return Chosen(None, request, (note,))
+    return Chosen(made, request, ("no data given: made from the model", *_said(made)))
+
+
+def _said(made: Synthetic) -> Iterator[str]:
+    trust = "" if made.trust is None else f", trust {made.trust.text}"
+    yield f"calibration data is {made.origin}, {made.samples} samples{trust}"
+    yield from made.notes

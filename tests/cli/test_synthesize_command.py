@@ -1,0 +1,176 @@
+"""`octavo synthesize` and compiling without data, as their users meet them."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from octavo.cli import synthetic_data
+from octavo.cli.png import contact_sheet, write_png
+
+Octavo = Callable[..., Any]
+QUICK = ("--samples", 16, "--steps", 10, "--no-cache")
+
+PLAIN = """
+<ir_version: 10, opset_import: ["" : 21]>
+plain (float[N, 16] x) => (float[N, 16] y) <float[16, 16] w = {0}> {
+    h = MatMul (x, w)
+    y = Relu (h)
+}
+"""
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    """A model that tells nothing of its inputs."""
+    proto = onnx.parser.parse_model(PLAIN)
+    array = np.random.default_rng(0).standard_normal((16, 16)).astype(np.float32)
+    proto.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(array, "w"))
+    path = tmp_path / "plain.onnx"
+    onnx.save(proto, path)
+    return path
+
+
+def _pixels(path: Path) -> Any:
+    """A grey PNG, read by its specification."""
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    at, chunks = 8, {}
+    while at < len(data):
+        length, name = int.from_bytes(data[at : at + 4]), data[at + 4 : at + 8]
+        content = data[at + 8 : at + 8 + length]
+        check = int.from_bytes(data[at + 8 + length : at + 12 + length])
+        assert check == zlib.crc32(name + content)
+        chunks[name], at = content, at + 12 + length
+    width, height = (int.from_bytes(chunks[b"IHDR"][k : k + 4]) for k in (0, 4))
+    rows = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(height, -1)
+    assert not rows[:, 0].any()
+    assert rows.shape[1] == 1 + width
+    return rows[:, 1:]
+
+
+def test_data_is_written_with_a_picture_and_its_name(
+    octavo: Octavo, network: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data.npz"
+    result = octavo("synthesize", network, "-o", data, *QUICK, "--json")
+    assert (result.code, result.err) == (0, "")
+    content = json.loads(result.out)
+    assert (content["origin"], content["samples"]) == ("synthetic-bn", 16)
+    assert set(content["parts"]) == {"seeds", "statistics", "bounds", "classes", "certainty"}
+    assert 0 < content["trust"] < 1
+    with np.load(data) as stored:
+        assert {name: array.shape for name, array in stored.items()} == {"input": (16, 1, 28, 28)}
+    assert _pixels(tmp_path / "data.png").std() > 10
+    out = tmp_path / "out"
+    assert octavo("compile", network, "-o", out, "-c", data, "--no-measure").code == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert (manifest["calibration_source"], manifest["calibration_samples"]) == ("synthetic-bn", 16)
+
+
+def test_the_same_seed_gives_the_same_file(octavo: Octavo, network: Path, tmp_path: Path) -> None:
+    files = [tmp_path / f"{k}.npz" for k in range(3)]
+    for file, seed in zip(files, (0, 0, 1), strict=True):
+        arguments = ("-o", file, "--seed", seed, "--no-sheet", *QUICK)
+        assert octavo("synthesize", network, *arguments).code == 0
+    first, second, other = (file.read_bytes() for file in files)
+    assert first == second
+    assert first != other
+
+
+def test_nothing_is_overwritten_unasked(octavo: Octavo, network: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.npz"
+    data.write_text("mine")
+    result = octavo("synthesize", network, "-o", data, *QUICK)
+    assert result.code == 2
+    assert "--force" in result.err
+    assert data.read_text() == "mine"
+
+
+def test_a_model_that_tells_nothing_is_refused_with_a_way_out(
+    octavo: Octavo, plain: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data.npz"
+    result = octavo("synthesize", plain, "-o", data, *QUICK)
+    assert result.code == 2
+    assert "no BatchNormalization statistics" in result.err
+    assert "--input 'x=normal(0,1)'" in result.err
+    given = ("--input", "x=uniform(0,255)")
+    assert octavo("synthesize", plain, "-o", data, *given, *QUICK).code == 0
+    with np.load(data) as stored:
+        assert stored["x"].shape == (16, 16)
+        assert 200 < stored["x"].max() <= 255
+
+
+def test_ranges_without_data_make_a_static_artifact(
+    octavo: Octavo, network: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    result = octavo("compile", network, "-o", out, "-c", "analytic", "--no-measure")
+    assert (result.code, result.err) == (0, "")
+    assert "no data, analytic ranges" in result.out
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["calibration_source"] == "analytic"
+    plan = (out / "plan.json").read_text()
+    assert '"static' in plan
+
+
+def test_without_data_the_model_s_own_is_taken_and_named(
+    octavo: Octavo, network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(synthetic_data, "_UNASKED_SECONDS", 1.0)
+    monkeypatch.setattr(synthetic_data, "_ENOUGH_TRUST", 0.0)
+    out = tmp_path / "out"
+    result = octavo("compile", network, "-o", out, "--no-measure", "--no-cache")
+    assert (result.code, result.err) == (0, "")
+    assert "no data given: made from the model" in result.out
+    assert "the clock ended the synthesis" in result.out
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["calibration_source"] == "synthetic-bn"
+
+
+def test_data_without_trust_is_left_out_and_named(
+    octavo: Octavo, network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(synthetic_data, "_UNASKED_SECONDS", 1.0)
+    monkeypatch.setattr(synthetic_data, "_ENOUGH_TRUST", 1.0)
+    out = tmp_path / "out"
+    result = octavo("compile", network, "-o", out, "--no-measure", "--no-cache")
+    assert (result.code, result.err) == (0, "")
+    assert "is not trusted" in result.out
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["calibration_source"] == ""
+
+
+def test_none_and_a_silent_model_compile_as_ever(
+    octavo: Octavo, plain: Path, tmp_path: Path
+) -> None:
+    outs = [tmp_path / "first", tmp_path / "second"]
+    for out, more in zip(outs, ((), ("-c", "none")), strict=True):
+        assert octavo("compile", plain, "-o", out, "--no-measure", *more).code == 0
+    first, second = (out.joinpath("manifest.json").read_bytes() for out in outs)
+    assert first == second
+
+
+def test_a_sheet_shows_images_side_by_side(tmp_path: Path) -> None:
+    images = np.zeros((4, 1, 8, 8), np.float32)
+    images[1] = 1.0
+    sheet = contact_sheet(images)
+    assert sheet is not None
+    # Seven times eight pixels, and a margin of two.
+    assert sheet.shape == (116, 116)
+    assert (sheet[:56, :56].max(), sheet[:56, 58:114].min()) == (0, 255)
+    write_png(tmp_path / "sheet.png", sheet)
+    np.testing.assert_array_equal(_pixels(tmp_path / "sheet.png"), sheet)
+    assert contact_sheet(np.zeros((4, 16), np.float32)) is None
+    assert contact_sheet(np.zeros((4, 5, 8, 8), np.float32)) is None
+    colour = contact_sheet(np.zeros((2, 64, 64, 3), np.float32))
+    assert colour is not None
+    assert colour.shape == (66, 132, 3)
