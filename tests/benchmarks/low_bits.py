@@ -74,7 +74,7 @@ class Row:
 @final
 @dataclass(frozen=True)
 class Bench:
-    """One model whose weights are rounded in several ways."""
+    """One model whose weights are rounded in several ways; `ranges` finds those of activations."""
 
     case: Case
     source: Model
@@ -82,6 +82,7 @@ class Bench:
     held_out: HeldOut
     activations: bool
     block: int
+    ranges: str = "calibrate"
 
     @staticmethod
     def of(case: Case, ctx: PassContext, activations: bool, block: int) -> Bench:
@@ -104,7 +105,7 @@ class Bench:
         static = "true" if self.activations else "false"
         kinds = f"static={static},dynamic={static},float16=false"
         offered = f"offer-options{{bits={bits},{blocks}{kinds}}}"
-        calibrated = "calibrate," if self.activations else ""
+        calibrated = f"{self.ranges}," if self.activations else ""
         text = f"canonicalize,{before + ',' if before else ''}{calibrated}{offered}"
         model = Pipeline.parse(text).run(self.source, self.ctx).model
         menu = model.fact(Menu)
