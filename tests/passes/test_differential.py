@@ -39,6 +39,7 @@ FLOAT32_RELATIVE = {
     "halve-constants": 2e-3,
     "collect-moments": 0.0,
     "calibrate": 0.0,
+    "bound-ranges": 0.0,
     "choose-kernels": 0.0,
     "offer-options": 0.0,
     "sensitivity": 0.0,
