@@ -28,7 +28,7 @@ SYNTHETIC, ANALYTIC, NONE = "synthetic", "analytic", "none"
 _ANALYTIC_PRESET = "int8-analytic"
 # Of a compilation that was given no data; a model that takes longer compiles as before.
 _UNASKED_SECONDS = 60.0
-_ENOUGH_TRUST = 0.5
+_ENOUGH_TRUST = 0.7
 
 
 @final

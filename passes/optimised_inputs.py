@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, final
 
 import numpy as np
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     Feed = dict[str, NDArray[np.generic]]
 
 _FEED_SAMPLES = 8
+# Groups that run at once, on one thread each: the sums of one group never depend on the others.
+_ABREAST = 2
 
 
 @final
@@ -45,22 +49,29 @@ class InputGroups:
     def run(self) -> Synthetic:
         from octavo.ir.torch_losses import one_thread
 
+        rounds = group_count(self.how.samples, self.shapes)
+        watch = _Watch(self.ctx, rounds * self.how.steps)
+        with one_thread(), ThreadPoolExecutor(_ABREAST) as executor:
+            objective = self._objective()
+            clock = _Clock(time.monotonic(), self.how.seconds, rounds)
+            jobs = [
+                executor.submit(self._group, objective, group, clock, watch)
+                for group in range(rounds)
+            ]
+            try:
+                made = [job.result() for job in jobs]
+            finally:
+                watch.stop()
+        return self._joined([found for found in made if found is not None], rounds)
+
+    def _joined(self, made: Sequence[tuple[Feed, Outcome]], rounds: int) -> Synthetic:
         feeds: list[Feed] = []
         groups: list[int] = []
-        outcomes: list[Outcome] = []
-        rounds = group_count(self.how.samples, self.shapes)
-        deadline = time.monotonic() + self.how.seconds
-        with one_thread():
-            objective = self._objective()
-            for group in range(rounds):
-                left = deadline - time.monotonic()
-                if outcomes and left <= 0:
-                    break
-                feed, outcome = self._group(objective, group, rounds, left / (rounds - group))
-                outcomes.append(outcome)
-                made = list(divided(feed))
-                feeds += made
-                groups += [group] * len(made)
+        for group, (whole, _) in enumerate(made):
+            parts = list(divided(whole))
+            feeds += parts
+            groups += [group] * len(parts)
+        outcomes = [outcome for _, outcome in made]
         distance = float(np.mean([outcome.distance for outcome in outcomes]))
         notes = tuple(_notes(outcomes, rounds))
         return Synthetic(tuple(feeds), self.evidence.origin, tuple(groups), distance, notes)
@@ -81,11 +92,15 @@ class InputGroups:
         return Objective(differentiable(self.model, list(wanted)), moments, attended, logits, terms)
 
     def _group(
-        self, objective: Objective, group: int, rounds: int, seconds: float
-    ) -> tuple[Feed, Outcome]:
-        """One group, from the cache where an earlier run has made it."""
+        self, objective: Objective, group: int, clock: _Clock, watch: _Watch
+    ) -> tuple[Feed, Outcome] | None:
+        """One group, from the cache where an earlier run has made it; None if it is too late."""
+        from octavo.ir.torch_losses import one_thread
         from octavo.ir.torch_synthesis import Descent
 
+        seconds = clock.share
+        if seconds <= 0 and group:
+            return None
         made = draw(self.shapes, self.laws, self.model, self.ctx.rng(f"synthesis {group}"))
         starts = self._starts(made)
         fixed = {name: array for name, array in made.items() if name not in starts}
@@ -95,19 +110,14 @@ class InputGroups:
             arrays, outcome = _decode(stored)
         else:
             descent = Descent(self.how.steps, self.how.rate, seconds, self.ctx.seed + group)
-            outcome = descent.run(objective, starts, fixed, self._progress(group, rounds))
+            with one_thread():
+                outcome = descent.run(objective, starts, fixed, watch.of(group))
             arrays = dict(outcome.arrays)
             if not np.isfinite(outcome.distance) and not outcome.steps:
                 raise _diverged(self.model)
             if cache is not None and not outcome.late:
                 cache.put(key, _encode(outcome))
         return {name: {**made, **arrays}[name] for name in made}, outcome
-
-    def _progress(self, group: int, rounds: int) -> Callable[[int, int], None]:
-        def report(done: int, steps: int) -> None:
-            self.ctx.progress("synthesize", group * steps + done, rounds * steps)
-
-        return report
 
     def _starts(self, drawn: Feed) -> dict[str, Start]:
         from octavo.ir.torch_synthesis import Start
@@ -124,6 +134,48 @@ class InputGroups:
             "synthesis", self.model.fingerprint, options, f"{self.ctx.seed} {group}",
             repr(self.shapes), repr(sorted(versions().items())),
         )  # fmt: skip
+
+
+@final
+@dataclass(frozen=True)
+class _Clock:
+    """The time of all groups, of which a few run at once."""
+
+    begun: float
+    seconds: float
+    rounds: int
+
+    @property
+    def share(self) -> float:
+        """Seconds that a group which begins now may take."""
+        left = self.begun + self.seconds - time.monotonic()
+        return min(left, self.seconds * min(_ABREAST, self.rounds) / self.rounds)
+
+
+@final
+@dataclass(frozen=True)
+class _Watch:
+    """Steps done by group; a group that is no longer wanted ends at its next step."""
+
+    ctx: PassContext
+    total: int
+    steps: dict[int, int] = field(default_factory=dict)
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+    def of(self, group: int) -> Callable[[int, int], None]:
+        """What a group reports to."""
+
+        def report(done: int, steps: int) -> None:
+            if self.stopped.is_set():
+                raise CancelledError
+            self.steps[group] = done
+            self.ctx.progress("synthesize", sum(self.steps.values()), self.total)
+
+        return report
+
+    def stop(self) -> None:
+        """End what still runs."""
+        self.stopped.set()
 
 
 def draw(

@@ -111,15 +111,17 @@ def test_what_is_finished_is_not_made_again(
     ctx = replace(pass_context, cache=Cache(tmp_path / "cache"))
 
     def interrupt(label: str, done: int, total: int) -> None:
-        if done == 14:
+        if done == 36:
             raise KeyboardInterrupt
 
+    how = replace(QUICK, samples=32)
     with pytest.raises(KeyboardInterrupt):
-        QUICK.run(mobile, replace(ctx, progress=interrupt))
+        how.run(mobile, replace(ctx, progress=interrupt))
     steps: list[int] = []
-    whole = QUICK.run(mobile, replace(ctx, progress=lambda label, done, total: steps.append(done)))
-    assert steps == list(range(13, 25))
-    assert whole.sha256 == QUICK.run(mobile, pass_context).sha256
+    whole = how.run(mobile, replace(ctx, progress=lambda label, done, total: steps.append(done)))
+    # At least one of four groups of twelve steps was finished.
+    assert 12 <= len(steps) <= 36
+    assert whole.sha256 == how.run(mobile, pass_context).sha256
 
 
 def test_the_clock_is_kept_and_mentioned(mobile: Model, pass_context: PassContext) -> None:
