@@ -15,7 +15,6 @@ from octavo.backends.fidelity import Fidelity, compare
 from octavo.backends.ort_audit import audit
 from octavo.backends.ort_lowering import lower
 from octavo.backends.ort_session import OrtEvaluator, has_vnni
-from octavo.backends.ort_target import TARGETS
 from octavo.cli.candidates import Candidate, fastest
 from octavo.cli.finishing import Finishing
 from octavo.cli.html_report import REPORT, write_report
@@ -26,12 +25,13 @@ from octavo.cli.report_data import report_data
 from octavo.cli.request import DEFAULT_SIZE, Request
 from octavo.cli.requested_pipeline import pipeline_of, suited
 from octavo.cli.scratch import scratch_folder
+from octavo.cli.target import target_of
 from octavo.ir.artifact import Artifact, Audit, Bench, Probes
 from octavo.ir.artifact_io import MODEL, Manifest, write_artifact
 from octavo.ir.cache import Cache
 from octavo.ir.calibration import Part
 from octavo.ir.cost import AnalyticCost
-from octavo.ir.errors import UnknownName, UsageError
+from octavo.ir.errors import UsageError
 from octavo.ir.facts import Plan, Ranges
 from octavo.ir.menu import Menu, Sensitivity, Solution
 from octavo.ir.plan_json import planning_json
@@ -198,7 +198,7 @@ class _Given:
         request, calibration = self.request, self.calibration
         if request.pipeline == "mixed" and not request.planned:
             request = replace(request, size=DEFAULT_SIZE)
-        target = _target(request.target)
+        target = target_of(request.target)
         pipeline = pipeline_of(request, calibration is not None)
         pipeline.check(())
         model = read(self.source)
@@ -354,12 +354,6 @@ def _saturation(target: Target) -> tuple[str, ...]:
     if target.weight_bits < 8 or has_vnni():
         return ()
     return ("this processor has no VNNI, 8-bit weights may saturate: see --target ort-cpu-avx2",)
-
-
-def _target(name: str) -> Target:
-    if name not in TARGETS:
-        raise UnknownName("target", name, TARGETS)
-    return TARGETS[name]
 
 
 def bench_feed(model: Model, calibration: Batches | None, request: Request) -> Feed:

@@ -87,11 +87,11 @@ class Maker:
     @contextmanager
     def _context(self) -> Iterator[PassContext]:
         from octavo.backends.ort_session import OrtEvaluator
-        from octavo.backends.ort_target import TARGETS
+        from octavo.cli.target import target_of
         from octavo.ir.cost import AnalyticCost
         from octavo.passes.base import PassContext
 
-        target = TARGETS[self.target]
+        target = target_of(self.target)
         with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as executor:
             yield PassContext(
                 target=target,
