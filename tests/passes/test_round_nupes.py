@@ -13,6 +13,7 @@ from onnx import numpy_helper
 from octavo.backends.ort_lowering import lower
 from octavo.backends.ort_session import make_session
 from octavo.ir.facts import Choice, Option, Plan
+from octavo.ir.moments import shrunk
 from octavo.ir.packing import pack
 from octavo.ir.quant import (
     PerAxis,
@@ -107,9 +108,10 @@ def test_with_data_it_is_the_output_that_comes_closer(
     ]
     assert errors[1] < 0.9 * errors[0]
     (remark,) = made.records[-1].remarks
-    assert remark.values["after"] == pytest.approx(
-        errors[1] / float(np.square(x @ weight_of()).sum()), rel=1e-3
-    )
+    second = shrunk((x.T @ x / len(x)).astype(np.float32)[None], len(x))[0].astype(np.float64)
+    left, whole = next(weight_quantizers(made.model)).rounded() - weight_of(), weight_of()
+    expected = np.trace(left.T @ second @ left) / np.trace(whole.T @ second @ whole)
+    assert remark.values["after"] == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -14,6 +14,7 @@ from octavo.backends.ort_lowering import lower
 from octavo.backends.ort_session import make_session
 from octavo.ir.facts import Choice, Option, Plan
 from octavo.ir.levels import OP_TYPE, levels_of
+from octavo.ir.moments import shrunk
 from octavo.ir.quant import PerAxis, PerBlock, PerTensor, QuantParams, QuantSpec, dequantize
 from octavo.ir.read import read
 from octavo.passes.pipeline import Pipeline
@@ -105,9 +106,11 @@ def test_the_errors_it_reports_are_those_of_the_layer(
     x = np.concatenate([feed["x"] for feed in ctx.calibration]).astype(np.float64)
     made = compiled(model, ctx, "round-uniquanf{steps=0}")
     node = next(n for n in made.model.graph if n.op_type == OP_TYPE)
-    after = np.square(x @ (levels_of(node)[0] - WEIGHTS["w"])).sum()
+    second = shrunk((x.T @ x / len(x)).astype(np.float32)[None], len(x))[0].astype(np.float64)
+    left, whole = levels_of(node)[0] - WEIGHTS["w"], WEIGHTS["w"]
+    expected = np.trace(left.T @ second @ left) / np.trace(whole.T @ second @ whole)
     reported = made.records[-1].remarks[0].values["after"]
-    assert reported == pytest.approx(after / np.square(x @ WEIGHTS["w"]).sum(), rel=1e-3)
+    assert reported == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("data", [False, True])
