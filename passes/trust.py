@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from octavo.ir.calibration import Batches, Feed
     from octavo.ir.model import Model
+    from octavo.ir.torch_synthesis import Moments
     from octavo.passes.base import PassContext
     from octavo.passes.input_laws import InputLaw
 
@@ -35,6 +36,9 @@ _REACH = 4.0
 # A distance of this much halves the part.
 _HALF_DISTANCE = 0.1
 _FEWEST_REAL = 4
+_TINY = 1e-6
+# A dead channel is this far from any other.
+_FAR = 9.0
 
 
 @final
@@ -45,13 +49,14 @@ class Truster:
     Parts, each from 0 to 1 and left out where the model or the data tells nothing:
 
     - `seeds`: overlap of the ranges of two groups that were made independently.
-    - `statistics`: 1 / (1 + d / 0.1), d the distance of means and deviations from the stored ones.
-    - `bounds`: overlap of the ranges with those that normalizations alone suggest.
+    - `statistics`: 1 / (1 + d / 0.1), d how far means and deviations are from the stored ones.
+    - `bounds`: the share of the ranges that normalizations alone suggest which the data covers.
     - `classes`: the share of classes that the model sees, of as many as there are samples for.
     - `certainty`: 1 - entropy of the classes / log(classes), mean over samples.
     - `real`: overlap of the ranges with those of at least four real samples.
 
-    The value is their geometric mean.
+    The value is the geometric mean of all but `certainty`, which says nothing of ranges: noise
+    that is loud enough makes a model as certain as images do.
     """
 
     model: Model
@@ -74,7 +79,7 @@ class Truster:
         if evidence.moments:
             distance = self._distance(data, evidence)
             yield "statistics", 1 / (1 + distance / _HALF_DISTANCE)
-            yield "bounds", overlap(whole, self._bounds(names))
+            yield "bounds", covered(whole, self._bounds(names))
         if evidence.logits:
             yield from self._classes(data, evidence.logits)
         if real is not None:
@@ -105,7 +110,11 @@ class Truster:
         return {name: interval(known.laws[name]) for name in names if name in known.laws}
 
     def _distance(self, data: Batches, evidence: Evidence) -> float:
-        """As the optimisation measures it, over all feeds together."""
+        """Mean over norms of what channels are off by, weighted by variance.
+
+        (μ - m)² / (σ² + s²) + ln²(s / σ), m and s over all feeds: a quarter of the deviation is as
+        far from it as four times as much.
+        """
         names = [moments.value for moments in evidence.moments]
         read = value_reader(self.model, self.ctx.evaluator, names)
         sums: dict[str, NDArray[np.float64]] = {}
@@ -119,8 +128,7 @@ class Truster:
             count, total, squares = sums[moments.value]
             mean = total / count
             spread = np.sqrt(np.maximum(squares / count - mean * mean, 0.0))
-            error = np.square(mean - moments.mean) + np.square(spread - moments.deviation)
-            distances.append(error.mean() / max(np.square(moments.deviation).mean(), 1e-12))
+            distances.append(_apart(mean, spread, moments))
         return float(np.mean(distances))
 
     def _classes(self, data: Batches, logits: str) -> Iterator[tuple[str, float]]:
@@ -134,22 +142,40 @@ class Truster:
         yield "certainty", 1 - float(entropy) / math.log(count)
 
 
+def _apart(mean: NDArray[np.float64], spread: NDArray[np.float64], wanted: Moments) -> float:
+    deviation = np.maximum(wanted.deviation.astype(np.float64), _TINY)
+    variance = np.square(deviation)
+    moved = np.square(mean - wanted.mean) / (variance + np.square(spread))
+    scaled = np.square(np.log(np.maximum(spread, _TINY) / deviation))
+    off = moved + np.minimum(scaled, _FAR)
+    return float((variance * off).sum() / variance.sum())
+
+
 def combined(parts: Mapping[str, float]) -> float:
-    """The geometric mean; 0 where there are no parts."""
-    if not parts:
-        return 0.0
-    return math.exp(sum(math.log(max(part, 1e-6)) for part in parts.values()) / len(parts))
+    """The geometric mean of the parts that count; 0 where there are none."""
+    counted = [max(part, _TINY) for name, part in parts.items() if name != "certainty"]
+    return math.exp(sum(map(math.log, counted)) / len(counted)) if counted else 0.0
+
+
+def covered(ranges: Intervals, bounds: Intervals) -> float:
+    """Mean share of a bound that lies in the range of the same value."""
+    shares = []
+    for name in sorted(ranges.keys() & bounds.keys()):
+        a, b = ranges[name], bounds[name]
+        both = min(a.high, b.high) - max(a.low, b.low)
+        shares.append(max(both, 0.0) / (b.high - b.low) if b.high > b.low else 1.0)
+    return float(np.mean(shares)) if shares else 0.0
 
 
 def overlap(first: Intervals, second: Intervals) -> float:
     """Mean share of the union of both intervals that lies in both, over values of both."""
     shares = []
-    for name in first.keys() & second.keys():
+    for name in sorted(first.keys() & second.keys()):
         a, b = first[name], second[name]
         union = max(a.high, b.high) - min(a.low, b.low)
         both = min(a.high, b.high) - max(a.low, b.low)
         shares.append(max(both, 0.0) / union if union > 0 else 1.0)
-    return float(np.mean(sorted(shares))) if shares else 0.0
+    return float(np.mean(shares)) if shares else 0.0
 
 
 def _of_groups(data: Synthetic, groups: Sequence[int]) -> Synthetic:

@@ -74,7 +74,10 @@ class Row:
 @final
 @dataclass(frozen=True)
 class Bench:
-    """One model whose weights are rounded in several ways; `ranges` finds those of activations."""
+    """One model whose weights are rounded in several ways.
+
+    `ranges` finds those of activations; without `dynamic` all integer kernels are static.
+    """
 
     case: Case
     source: Model
@@ -83,6 +86,8 @@ class Bench:
     activations: bool
     block: int
     ranges: str = "calibrate"
+    keep_float: str = ""
+    dynamic: bool = True
 
     @staticmethod
     def of(case: Case, ctx: PassContext, activations: bool, block: int) -> Bench:
@@ -103,7 +108,9 @@ class Bench:
         """The model with all weights at that many bits, up to its FakeQuants."""
         blocks = f"blocks={self.block}," if self.block else "weight-only=false,"
         static = "true" if self.activations else "false"
-        kinds = f"static={static},dynamic={static},float16=false"
+        dynamic = "true" if self.activations and self.dynamic else "false"
+        kinds = f"static={static},dynamic={dynamic},float16=false"
+        kinds += f",keep-float={self.keep_float}" if self.keep_float else ""
         offered = f"offer-options{{bits={bits},{blocks}{kinds}}}"
         calibrated = f"{self.ranges}," if self.activations else ""
         text = f"canonicalize,{before + ',' if before else ''}{calibrated}{offered}"

@@ -19,7 +19,7 @@ from octavo.passes.evidence import Evidence
 from octavo.passes.input_laws import InputLaw
 from octavo.passes.pipeline import Pipeline
 from octavo.passes.synthesis import Synthesis
-from octavo.passes.trust import Truster, combined, overlap
+from octavo.passes.trust import Truster, combined, covered, overlap
 
 if TYPE_CHECKING:
     from octavo.ir.model import Model
@@ -196,7 +196,9 @@ def test_overlap_is_the_share_of_the_union() -> None:
     assert overlap(of(a=(0, 4)), of(a=(2, 6))) == pytest.approx(2 / 6)
     assert overlap(of(a=(0, 1), b=(0, 2)), of(a=(5, 6), b=(0, 2))) == pytest.approx(0.5)
     assert overlap(of(a=(0, 0)), of(a=(0, 0), c=(1, 2))) == 1.0
-    assert combined({"a": 0.25, "b": 1.0}) == pytest.approx(0.5)
+    assert covered(of(a=(2, 6)), of(a=(0, 4))) == pytest.approx(0.5)
+    assert covered(of(a=(-9, 9)), of(a=(0, 4))) == 1.0
+    assert combined({"a": 0.25, "b": 1.0, "certainty": 0.1}) == pytest.approx(0.5)
 
 
 def test_trust_falls_where_data_is_not_what_the_model_knows(
