@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 from octavo.ir.errors import OctavoError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from octavo.cli.progress import Progress
     from octavo.cli.request import Request
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 SYNTHETIC, ANALYTIC, NONE = "synthetic", "analytic", "none"
 _ANALYTIC_PRESET = "int8-analytic"
-# Of a compilation that was given no data; a model that takes longer compiles as before.
-_UNASKED_SECONDS = 60.0
+# What a compilation spends that was given no data; a model that takes longer compiles as before.
+_UNASKED: Mapping[str, Any] = {"seconds": 60.0, "all_or_nothing": True}
 _ENOUGH_TRUST = 0.7
 
 
@@ -128,7 +128,7 @@ def chosen(named: str, maker: Maker, how: Synthesis, request: Request) -> Chosen
 def _by_default(maker: Maker, how: Synthesis, request: Request) -> Chosen:
     if request.pipeline or request.max_drop or maker.unasked(how):
         return Chosen(None, request)
-    how = replace(how, seconds=min(how.seconds, _UNASKED_SECONDS))
+    how = replace(how, **_UNASKED)
     try:
         made = maker.make(how)
     except OctavoError as error:

@@ -84,13 +84,17 @@ class Start:
 @final
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """What makes inputs good, on a graph that computes all the values named here."""
+    """What makes inputs good, on a graph that computes all the values named here.
+
+    `first` is the number of the first sample among all that are made: classes go on from there.
+    """
 
     graph: TorchGraph
     moments: Sequence[Moments]
     attended: Sequence[str]
     logits: str
     terms: Terms
+    first: int = 0
 
     def loss(
         self, feed: Mapping[str, Tensor], images: Sequence[str], draw: torch.Generator
@@ -122,7 +126,8 @@ class Objective:
     def _labelled(self, logits: Tensor) -> Tensor:
         """Focal cross entropy with classes dealt in turn: mean of (1 - p)^focus · -log p."""
         rows = logits.reshape(-1, logits.shape[-1])
-        wanted = torch.arange(len(rows)) * _stride(rows.shape[-1]) % rows.shape[-1]
+        numbers = self.first + torch.arange(len(rows))
+        wanted = numbers * _stride(rows.shape[-1]) % rows.shape[-1]
         chances = torch.softmax(rows.detach(), 1).gather(1, wanted[:, None])[:, 0]
         losses = functional.cross_entropy(rows, wanted, reduction="none")
         return ((1 - chances).clamp_min(0) ** self.terms.focus * losses).mean()

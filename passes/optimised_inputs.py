@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 _FEED_SAMPLES = 8
 # Groups that run at once, on one thread each: the sums of one group never depend on the others.
 _ABREAST = 2
+# The first steps are slow; these are enough to tell how long all of them take.
+_ENOUGH_STEPS = 6
 
 
 @final
@@ -50,10 +52,10 @@ class InputGroups:
         from octavo.ir.torch_losses import one_thread
 
         rounds = group_count(self.how.samples, self.shapes)
-        watch = _Watch(self.ctx, rounds * self.how.steps)
         with one_thread(), ThreadPoolExecutor(_ABREAST) as executor:
             objective = self._objective()
             clock = _Clock(time.monotonic(), self.how.seconds, rounds)
+            watch = _Watch(self.ctx, clock, rounds * self.how.steps, self.how.all_or_nothing)
             jobs = [
                 executor.submit(self._group, objective, group, clock, watch)
                 for group in range(rounds)
@@ -110,8 +112,11 @@ class InputGroups:
             arrays, outcome = _decode(stored)
         else:
             descent = Descent(self.how.steps, self.how.rate, seconds, self.ctx.seed + group)
+            first = group * next((shape[0] for shape in self.shapes.values() if shape), 1)
             with one_thread():
-                outcome = descent.run(objective, starts, fixed, watch.of(group))
+                outcome = descent.run(
+                    replace(objective, first=first), starts, fixed, watch.of(group)
+                )
             arrays = dict(outcome.arrays)
             if not np.isfinite(outcome.distance) and not outcome.steps:
                 raise _diverged(self.model)
@@ -151,14 +156,28 @@ class _Clock:
         left = self.begun + self.seconds - time.monotonic()
         return min(left, self.seconds * min(_ABREAST, self.rounds) / self.rounds)
 
+    def require(self, done: int, total: int) -> None:
+        """CalibrationError where steps that take as long as these will not be done in time."""
+        expected = (time.monotonic() - self.begun) * total / done
+        if expected > self.seconds:
+            raise CalibrationError(
+                f"it would take more than {self.seconds:.0f} s",
+                hint="give --calibration synthetic, and --synthesis-seconds if that is too little",
+            )
+
 
 @final
 @dataclass(frozen=True)
 class _Watch:
-    """Steps done by group; a group that is no longer wanted ends at its next step."""
+    """Steps done by group; a group that is no longer wanted ends at its next step.
+
+    With `must_fit`, so does one of many that would not be finished in time.
+    """
 
     ctx: PassContext
+    clock: _Clock
     total: int
+    must_fit: bool
     steps: dict[int, int] = field(default_factory=dict)
     stopped: threading.Event = field(default_factory=threading.Event)
 
@@ -169,7 +188,10 @@ class _Watch:
             if self.stopped.is_set():
                 raise CancelledError
             self.steps[group] = done
-            self.ctx.progress("synthesize", sum(self.steps.values()), self.total)
+            count = sum(self.steps.values())
+            if self.must_fit and count >= _ENOUGH_STEPS:
+                self.clock.require(count, self.total)
+            self.ctx.progress("synthesize", count, self.total)
 
         return report
 

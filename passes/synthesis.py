@@ -35,7 +35,8 @@ class Synthesis:
 
     The terms are those of `torch_synthesis.Terms`; `entropy` counts where no statistics are
     stored. Texts have up to `length` tokens of the `vocabulary`, drawn by `prior` where the model
-    writes none. `seconds` bounds the whole; `laws` and `shapes` say what the graph does not.
+    writes none. `seconds` bounds the whole, and with `all_or_nothing` what would not be finished
+    then is an error after a few steps. `laws` and `shapes` say what the graph does not.
     """
 
     samples: int = 64
@@ -43,6 +44,7 @@ class Synthesis:
     steps: int = 100
     rate: float = 0.1
     seconds: float = 300.0
+    all_or_nothing: bool = False
     statistics: float = 1.0
     labels: float = 0.1
     entropy: float = 0.3

@@ -125,13 +125,13 @@ def test_ranges_without_data_make_a_static_artifact(
 def test_without_data_the_model_s_own_is_taken_and_named(
     octavo: Octavo, network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(synthetic_data, "_UNASKED_SECONDS", 1.0)
+    monkeypatch.setattr(synthetic_data, "_UNASKED", {"samples": 16, "steps": 5})
     monkeypatch.setattr(synthetic_data, "_ENOUGH_TRUST", 0.0)
     out = tmp_path / "out"
     result = octavo("compile", network, "-o", out, "--no-measure", "--no-cache")
     assert (result.code, result.err) == (0, "")
     assert "no data given: made from the model" in result.out
-    assert "the clock ended the synthesis" in result.out
+    assert "calibration data is synthetic-bn, 16 samples, trust" in result.out
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["calibration_source"] == "synthetic-bn"
 
@@ -139,7 +139,7 @@ def test_without_data_the_model_s_own_is_taken_and_named(
 def test_data_without_trust_is_left_out_and_named(
     octavo: Octavo, network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(synthetic_data, "_UNASKED_SECONDS", 1.0)
+    monkeypatch.setattr(synthetic_data, "_UNASKED", {"samples": 16, "steps": 5})
     monkeypatch.setattr(synthetic_data, "_ENOUGH_TRUST", 1.0)
     out = tmp_path / "out"
     result = octavo("compile", network, "-o", out, "--no-measure", "--no-cache")
@@ -147,6 +147,16 @@ def test_data_without_trust_is_left_out_and_named(
     assert "is not trusted" in result.out
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["calibration_source"] == ""
+
+
+def test_data_that_takes_too_long_is_left_out_and_named(
+    octavo: Octavo, network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hurried = {"seconds": 0.4, "all_or_nothing": True}
+    monkeypatch.setattr(synthetic_data, "_UNASKED", hurried)
+    result = octavo("compile", network, "-o", tmp_path / "out", "--no-measure", "--no-cache")
+    assert (result.code, result.err) == (0, "")
+    assert "none could be made: it would take more than 0 s" in result.out
 
 
 def test_none_and_a_silent_model_compile_as_ever(
