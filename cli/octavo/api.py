@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 if TYPE_CHECKING:
     from octavo.backends.ort_session import Session
     from octavo.cli.compilation import Compiled
+    from octavo.cli.request import Request
     from octavo.ir.cache import Cache
     from octavo.ir.calibration import Batches
     from octavo.ir.model import Model
@@ -63,9 +65,9 @@ def compile(  # noqa: A001  (the public verb; nothing here needs the builtin)
     """Compile a model and return it with its evidence; `.save("out/")` writes the artifact.
 
     `model` is a path, a `Model` of `octavo.read`, or a torch program. `calibration` is a path
-    (`.npz`, folder), a mapping of arrays whose first axis counts samples, or an iterable of
-    feeds. `pipeline` is a preset or a pipeline text, empty for the preset the data allows.
-    `shapes` gives input shapes to measure latency with; `max_recurrent_error` and `min_agreement`
+    (`.npz`, folder), a mapping of arrays whose first axis counts samples, an iterable of feeds, or
+    "synthetic" or "analytic" where there is no data. `pipeline` is a preset or a pipeline text,
+    empty for the preset the data allows. `shapes` gives input shapes to measure latency with; `max_recurrent_error` and `min_agreement`
     bound what dynamic kernels may change, `portable` leaves only weights that OpenVINO and
     TensorRT execute too (see `Request`).
 
@@ -78,7 +80,6 @@ def compile(  # noqa: A001  (the public verb; nothing here needs the builtin)
     from octavo.ir.read import read
 
     source = read(model)
-    batches = None if calibration is None else _batches(calibration, source, preprocess)
     request = Request(
         target=target,
         pipeline=pipeline,
@@ -93,7 +94,26 @@ def compile(  # noqa: A001  (the public verb; nothing here needs the builtin)
         objective=minimise,
         **budgets,
     )
+    if isinstance(calibration, str) and calibration in ("synthetic", "analytic"):
+        return _without_data(calibration, model, source, request, cache)
+    batches = None if calibration is None else _batches(calibration, source, preprocess)
     return compile_model(source, calibration=batches, request=request, cache=cache)
+
+
+def _without_data(
+    named: str, given: object, source: Model, request: Request, cache: Cache | None
+) -> Compiled:
+    """Compile with data made from the model, or with ranges that rest on none."""
+    from octavo.cli.compilation import compile_model
+    from octavo.cli.synthetic_data import Maker, chosen
+    from octavo.cli.synthetic_options import SyntheticOptions
+
+    file = Path(given) if isinstance(given, str | Path) else Path(source.source.name)
+    how = SyntheticOptions().synthesis(file)
+    maker = Maker(source, request.target, request.seed, cache, lambda label, done, total: None)
+    data = chosen(named, maker, how, request)
+    compiled = compile_model(source, calibration=data.batches, request=data.request, cache=cache)
+    return replace(compiled, notes=(*compiled.notes, *data.notes))
 
 
 def _batches(calibration: Any, source: Model, preprocess: str) -> Batches:

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
+import octavo
 from octavo.cli import synthetic_data
 from octavo.cli.png import contact_sheet, write_png
 
@@ -184,3 +185,10 @@ def test_a_sheet_shows_images_side_by_side(tmp_path: Path) -> None:
     colour = contact_sheet(np.zeros((2, 64, 64, 3), np.float32))
     assert colour is not None
     assert colour.shape == (66, 132, 3)
+
+
+def test_the_python_function_compiles_without_data_too(network: Path) -> None:
+    compiled = octavo.compile(network, calibration="analytic", measure=False)
+    assert any(node.option.startswith("static:") for node in compiled.artifact.planned)
+    silent = octavo.compile(network, measure=False)
+    assert not any(node.option.startswith("static") for node in silent.artifact.planned)
