@@ -67,9 +67,9 @@ def compile(  # noqa: A001  (the public verb; nothing here needs the builtin)
     `model` is a path, a `Model` of `octavo.read`, or a torch program. `calibration` is a path
     (`.npz`, folder), a mapping of arrays whose first axis counts samples, an iterable of feeds, or
     "synthetic" or "analytic" where there is no data. `pipeline` is a preset or a pipeline text,
-    empty for the preset the data allows. `shapes` gives input shapes to measure latency with; `max_recurrent_error` and `min_agreement`
-    bound what dynamic kernels may change, `portable` leaves only weights that OpenVINO and
-    TensorRT execute too (see `Request`).
+    empty for the preset the data allows. `shapes` gives input shapes to measure latency with;
+    `max_recurrent_error` and `min_agreement` bound what dynamic kernels may change, `portable`
+    leaves only weights that OpenVINO and TensorRT execute too (see `Request`).
 
     With `budgets` (see `Budgets`) or goals one plan decides for the whole graph, and `minimise` is
     what it makes least; what a goal misses is in `Compiled.missed`. Raises OctavoError,
