@@ -75,7 +75,6 @@ def compile(  # noqa: A001  (the public verb; nothing here needs the builtin)
     what it makes least; what a goal misses is in `Compiled.missed`. Raises OctavoError,
     BudgetInfeasible among them.
     """
-    from octavo.cli.compilation import compile_model
     from octavo.cli.request import Request
     from octavo.ir.read import read
 
@@ -96,6 +95,14 @@ def compile(  # noqa: A001  (the public verb; nothing here needs the builtin)
     )
     if isinstance(calibration, str) and calibration in ("synthetic", "analytic"):
         return _without_data(calibration, model, source, request, cache)
+    return _with_data(calibration, preprocess, source, request, cache)
+
+
+def _with_data(
+    calibration: Any, preprocess: str, source: Model, request: Request, cache: Cache | None
+) -> Compiled:
+    from octavo.cli.compilation import compile_model
+
     batches = None if calibration is None else _batches(calibration, source, preprocess)
     return compile_model(source, calibration=batches, request=request, cache=cache)
 
