@@ -88,7 +88,7 @@ class InputGroups:
         logits = found.logits if how.labels else ""
         wanted = dict.fromkeys([*(m.value for m in moments), *attended, *filter(None, [logits])])
         terms = Terms(
-            statistics=how.statistics, labels=how.labels, entropy=how.entropy,
+            statistics=how.statistics, labels=how.labels, focus=how.focus, entropy=how.entropy,
             variation=how.variation, low_pass=how.low_pass, roll=how.roll,
         )  # fmt: skip
         return Objective(differentiable(self.model, list(wanted)), moments, attended, logits, terms)

@@ -47,6 +47,7 @@ class Synthesis:
     all_or_nothing: bool = False
     statistics: float = 1.0
     labels: float = 0.1
+    focus: float = 0.5
     entropy: float = 0.3
     variation: float = 0.1
     low_pass: float = 0.0

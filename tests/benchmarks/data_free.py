@@ -66,7 +66,9 @@ TEXT_SOURCES: Mapping[str, Change] = {
 ABLATION: Mapping[str, Change] = {
     "default": _with(),
     "no statistics": _with(statistics=0.0, entropy=0.3),
+    "no entropy": _with(entropy=1e-9),
     "no labels": _with(labels=0.0),
+    "all samples alike": _with(focus=0.0),
     "no variation": _with(variation=0.0),
     "low-pass 0.3": _with(low_pass=0.3),
     "low-pass 0.5": _with(low_pass=0.5),
