@@ -93,9 +93,11 @@ def undominated(
 ) -> dict[str, list[int]]:
     """Per group, the candidates that fewer than `copies` others make superfluous.
 
-    One makes another superfluous if it is no worse in every used resource, and equally integer
-    where the group is coupled; of equals, the one better in the unused resources, then the first.
+    One makes another superfluous if it is no worse in every used resource, equally integer where
+    the group is coupled, and needs the same of others; of equals, the one better in the unused
+    resources, then the first. Where others need a certain candidate, none is superfluous.
     """
+    needed = programme.needed
     unused = [name for name in programme.resources if name not in used]
     kept = {}
     for name, candidates in programme.groups.items():
@@ -108,6 +110,13 @@ def undominated(
         if name in coupled:
             flags = np.array([c.integer for c in candidates])
             better &= flags[:, None] == flags
+        kinds = {tuple(sorted(c.needs.items())): None for c in candidates}
+        if name in needed:
+            better[:] = False
+        elif len(kinds) > 1:
+            index = {key: at for at, key in enumerate(kinds)}
+            own = np.array([index[tuple(sorted(c.needs.items()))] for c in candidates])
+            better &= own[:, None] == own
         kept[name] = np.flatnonzero(better.sum(axis=0) < copies).tolist()
     return kept
 
@@ -148,6 +157,7 @@ def linear_model(
         else:
             costs = _costs(candidates, name, crossings)
             builder.add(np.flatnonzero(costs), costs[costs != 0], limit - fixed[name])
+    builder.needs(candidates, group, names, [j for name in names for j in kept[name]])
     upper = np.ones(len(crossings))
     cost = _costs(candidates, objective, crossings)
     cost = np.concatenate([cost, np.zeros(len(candidates) + len(upper) - len(cost))])
@@ -192,6 +202,26 @@ class _Builder:
             minus = self.sides[less] if less is not None else plus[:0]
             signs = np.concatenate([np.ones(len(plus)), -np.ones(len(minus)), [-1.0]])
             self.add(np.concatenate([plus, minus, crossing]), signs, 0.0)
+
+    def needs(
+        self,
+        candidates: Sequence[Candidate],
+        group: Integers,
+        names: Sequence[str],
+        index: Sequence[int],
+    ) -> None:
+        """Of the candidates of one group that need the same of another, one at most with it.
+
+        As every group takes one, this is as tight as an equality.
+        """
+        column = {(names[g], j): at for at, (g, j) in enumerate(zip(group, index, strict=True))}
+        asking: dict[tuple[int, str, int], list[int]] = {}
+        for at, candidate in enumerate(candidates):
+            for name, j in candidate.needs.items():
+                asking.setdefault((int(group[at]), name, j), []).append(at)
+        for (_, name, j), columns in asking.items():
+            signs = np.append(np.ones(len(columns)), -1.0)
+            self.add(np.array([*columns, column[name, j]]), signs, 0.0)
 
     def memory(self, rows: Iterable[MemoryRow], limit: float, peak: int | None) -> None:
         """Live bytes <= limit at every point in time, or <= the column `peak`."""

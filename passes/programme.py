@@ -3,7 +3,8 @@
 Each group takes exactly one candidate. The total of a resource is a fixed part plus the costs of
 the chosen candidates; two totals depend on pairs of groups as well. A value that crosses between
 integer and float groups costs "seconds", once per direction, however many readers it has (the cut
-of `octavo.passes.partition`). "memory" is the largest of several points in time, each smaller by
+of `octavo.passes.partition`). A candidate may need that other groups take certain candidates, as
+layers that share channels do. "memory" is the largest of several points in time, each smaller by
 what integer groups save there.
 """
 
@@ -26,11 +27,13 @@ class Candidate:
     """One way to treat a group: its damage, its costs by resource, both >= 0.
 
     `integer`: it computes on integer codes, so that its values need no conversion among its like.
+    `needs`: the index of the candidate that other groups have to take with it.
     """
 
     damage: float
     costs: Mapping[str, float] = field(default_factory=dict)
     integer: bool = False
+    needs: Mapping[str, int] = field(default_factory=dict)
 
 
 @final
@@ -72,6 +75,7 @@ class Programme:
                 raise UsageError("a group has no candidate", where=name)
             for candidate in candidates:
                 _check_costs((candidate.damage, *candidate.costs.values()), name)
+                self._check_groups(candidate.needs, name)
                 if self.memory_rows and "memory" in candidate.costs:
                     raise UsageError("memory is counted by rows, not by candidates", where=name)
         _check_costs(self.fixed.values(), "fixed costs")
@@ -83,6 +87,19 @@ class Programme:
         for row in self.memory_rows:
             _check_costs((row.constant, *row.saved.values()), "memory rows")
             self._check_groups(row.saved, "memory rows")
+
+    @property
+    def needed(self) -> frozenset[str]:
+        """Groups of which others need a certain candidate."""
+        candidates = (c for of in self.groups.values() for c in of)
+        return frozenset(name for candidate in candidates for name in candidate.needs)
+
+    def agrees(self, choice: Mapping[str, int]) -> bool:
+        """Whether every group takes what the candidates of others need it to take."""
+        chosen = (self.groups[name][choice[name]] for name in self.groups)
+        return all(
+            choice[n] == index for candidate in chosen for n, index in candidate.needs.items()
+        )
 
     def _check_groups(self, names: Iterable[str | None], where: str) -> None:
         for name in names:

@@ -211,6 +211,8 @@ class Search:
         totals = self.programme.totals(choice)
         if choice in self.excluded or not keeps(totals, self.limits):
             return None, math.inf
+        if not self.programme.agrees(choice):
+            return None, math.inf
         return choice, totals[self.objective]
 
     def _proves(self, value: float, bound: float) -> bool:
