@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from octavo.ir.target import KernelRow, Target
     from octavo.passes.base import PassContext
 
+_STEPS = 255
+# A Softmax that is told its inputs in steps of half a nat gives chances that are off by a quarter.
+_COARSEST = 0.5
+
 
 @final
 @dataclass(frozen=True)
@@ -82,14 +86,42 @@ def static_chains(model: Model, ctx: PassContext, kept: Container[str]) -> Mappi
     if ranges is None:
         ctx.remark("note", "", "no calibrated ranges: no static integer kernels")
         return {}
+    chains, coarse = find_chains(model, ctx.target), set[str]()
+    for name, step in coarse_logits(chains, ranges).items():
+        coarse.add(name)
+        text = f"float: 8 bits would tell a Softmax its inputs in steps of {step:.2g}"
+        ctx.remark("missed", name, text, step=step)
     quantized = set(known.by_value) if known is not None else set()
     return {
         name: chain
-        for name, chain in find_chains(model, ctx.target).items()
+        for name, chain in chains.items()
         if not any(m.name in kept for m in chain.members)
         and calibrated(chain, ranges)
         and quantized.isdisjoint(v.name for v in (*chain.operands, *chain.outputs))
+        and coarse.isdisjoint(v.name for v in _quantized(chain))
     }
+
+
+def _quantized(chain: Chain) -> tuple[onnx_ir.Value, ...]:
+    """What a kernel cannot read or write as floats."""
+    return chain.operands if chain.row.output == "either" else (*chain.operands, *chain.outputs)
+
+
+def coarse_logits(chains: Mapping[str, Chain], ranges: Ranges) -> dict[str, float]:
+    """Values that end in a Softmax with too wide a range for 8 bits, and the step they would get.
+
+    A mask added to scores does that: it is far below them, and the scores share one step.
+    """
+    found: dict[str, float] = {}
+    for chain in reversed(chains.values()):
+        reads = chain.operands[0].name or "" if chain.operands else ""
+        moved = chain.row.same_params and any(v.name in found for v in chain.outputs)
+        if reads in ranges.by_value and (moved or chain.head.op_type == "Softmax"):
+            known = ranges.by_value[reads]
+            step = (known.high - known.low) / _STEPS
+            if step > _COARSEST:
+                found[reads] = step
+    return found
 
 
 def bias_add(node: onnx_ir.Node) -> onnx_ir.Node | None:

@@ -46,8 +46,9 @@ class ChooseKernels(Pass):
     the whole path tells whether an integer kernel pays.
     `bits` are those of weights in the file; kernels multiply bytes, so that fewer are unpacked when
     the model loads, and cost no time.
-    **When it does not apply.** No calibrated range (no data): no static option. No row in the
-    target's table, a pattern in `keep_float`, or too few weights to shrink: float, with the reason.
+    **When it does not apply.** No calibrated range (no data): no static option; nor where a mask
+    would leave the scores of a Softmax a few of 256 steps. No row in the target's table, a pattern
+    in `keep_float`, or too few weights to shrink: float, with the reason.
     **Cost and accuracy.** Changes nothing by itself; the plan is exact for the costs it is given.
     """
 

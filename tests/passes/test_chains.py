@@ -8,11 +8,13 @@ import onnx.parser
 import pytest
 
 from octavo.backends.ort_target import ORT_CPU
+from octavo.ir.facts import Range, Ranges
 from octavo.ir.read import read
-from octavo.passes.chains import Chain, find_chains
+from octavo.passes.chains import Chain, coarse_logits, find_chains
 
 _CONSTANTS = """<float[4,4] w, float[4] b, float[1,4] row, float[4,1] column, float one = {1.0},
-    float zero = {0.0}, float six = {6.0}, float[2,2,1,1] k>"""
+    float zero = {0.0}, float six = {6.0}, float[2,2,1,1] k,
+    int64[2] size = {3, 4}>"""
 
 
 def chains_of(body: str, x: str = "[3,4]", outputs: str = "float[3,4] y") -> dict[str, Chain]:
@@ -112,3 +114,20 @@ def test_only_activations_of_the_target_are_absorbed() -> None:
     plain = replace(ORT_CPU, fused_activations=())
     assert members(dict(find_chains(model, plain))) == {"mm": ["mm"]}
     assert members(dict(find_chains(model, ORT_CPU))) == {"mm": ["mm", "relu"]}
+
+
+_ATTENTION = """
+    [scores] s = MatMul (x, w) [mask] a = Add (s, x) [view] v = Reshape (a, size)
+    [softmax] p = Softmax (v) [mean] y = MatMul (p, w)"""
+
+
+@pytest.mark.parametrize(("lowest", "coarse"), [(-1e4, {"a": 39.2, "v": 39.2}), (-30.0, {})])
+def test_a_softmax_is_not_told_its_inputs_in_coarse_steps(
+    lowest: float, coarse: dict[str, float]
+) -> None:
+    """Where a mask leaves scores one step, nothing between Add and Softmax is 8-bit."""
+    chains = chains_of(_ATTENTION)
+    ranges = Ranges({n: Range(lowest, 12.0, lowest, 12.0) for n in "xsavpy"}, "minmax", 1, "")
+    found = coarse_logits(chains, ranges)
+    assert {"scores", "mask", "view", "softmax", "mean"} == set(chains)
+    assert found == pytest.approx(coarse, rel=0.01)
