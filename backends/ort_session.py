@@ -166,7 +166,7 @@ def _load(model: Path | bytes, options: Any, disabled_optimizers: set[str]) -> S
 
 def environment(threads: int) -> str:
     """What a measurement rests on: runtime version, processor, threads."""
-    return f"onnxruntime {onnxruntime.__version__}, {_processor()}, {threads} thread(s)"
+    return f"onnxruntime {onnxruntime.__version__}, {processor()}, {threads} thread(s)"
 
 
 @cache
@@ -179,7 +179,8 @@ def has_vnni() -> bool:
 
 
 @cache
-def _processor() -> str:
+def processor() -> str:
+    """The processor as the system names it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text(encoding="utf-8").splitlines():

@@ -17,6 +17,7 @@ from octavo.cli.compile_command import compile_
 from octavo.cli.inspect_command import inspect
 from octavo.cli.models_command import models_app
 from octavo.cli.order_command import order
+from octavo.cli.package_command import package
 from octavo.cli.passes_command import passes
 from octavo.cli.plan_command import plan
 from octavo.cli.profile_command import profile
@@ -46,7 +47,8 @@ app = typer.Typer(
 )
 app.command("compile")(compile_)
 for _command in (
-    plan, synthesize, profile, sensitivity, order, inspect, bench, verify, run, replay, passes,
+    plan, synthesize, profile, sensitivity, order, inspect, bench, verify, package, run, replay,
+    passes,
 ):  # fmt: skip
     app.command()(_command)
 app.add_typer(targets_app, name="targets")

@@ -20,15 +20,18 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def open_output(path: Path, *, force: bool = False, source: Path | None = None) -> Iterator[Path]:
+def open_output(
+    path: Path, *, force: bool = False, source: Path | None = None, marker: str = MANIFEST
+) -> Iterator[Path]:
     """A temporary folder beside `path` that becomes `path` when the block ends well.
 
     After any failure, Ctrl-C included, the temporary folder is gone and `path` is as it was.
-    `force` replaces an earlier artifact, and nothing else; `source` must not lie in `path`.
+    `force` replaces an earlier artifact, known by its file `marker`, and nothing else; `source`
+    must not lie in `path`.
     Raises UsageError where `path` cannot be written.
     """
     path = path.resolve()
-    _check(path, force, source)
+    _check(path, force, source, marker)
     partial = _create(path)
     try:
         yield partial
@@ -43,7 +46,7 @@ def open_output(path: Path, *, force: bool = False, source: Path | None = None) 
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check(path: Path, force: bool, source: Path | None) -> None:
+def _check(path: Path, force: bool, source: Path | None, marker: str) -> None:
     if not path.exists():
         return
     where = str(path)
@@ -59,7 +62,7 @@ def _check(path: Path, force: bool, source: Path | None) -> None:
         raise UsageError(message, where=where, hint="choose another folder with -o")
     if not any(path.iterdir()):
         return
-    if not (path / MANIFEST).is_file():
+    if not (path / marker).is_file():
         message = "the output folder holds files that are no octavo artifact"
         raise UsageError(message, where=where, hint="choose an empty or new folder with -o")
     if not force:

@@ -14,17 +14,18 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from octavo.api import compile, load  # noqa: A004  (the public verb)
+    from octavo.api import compile, load, package  # noqa: A004  (the public verb)
     from octavo.ir.errors import OctavoError
     from octavo.ir.read import read
 
 __version__ = "0.1.0"
-__all__ = ["OctavoError", "__version__", "compile", "load", "read"]
+__all__ = ["OctavoError", "__version__", "compile", "load", "package", "read"]
 
 # Imported on first use: `import octavo` must cost nothing.
 _HOMES = {
     "compile": "octavo.api",
     "load": "octavo.api",
+    "package": "octavo.api",
     "read": "octavo.ir.read",
     "OctavoError": "octavo.ir.errors",
 }

@@ -1,4 +1,4 @@
-"""The public functions behind `octavo.compile` and `octavo.load`; the CLI only wraps them."""
+"""The public verbs `octavo.compile`, `octavo.load` and `octavo.package`; the CLI wraps them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 if TYPE_CHECKING:
     from octavo.backends.ort_session import Session
     from octavo.cli.compilation import Compiled
+    from octavo.cli.packaging import Packaged
     from octavo.cli.request import Request
     from octavo.ir.cache import Cache
     from octavo.ir.calibration import Batches
@@ -132,9 +133,31 @@ def _batches(calibration: Any, source: Model, preprocess: str) -> Batches:
 
 
 def load(folder: str | Path, *, threads: int = 1) -> Session:
-    """A session of an artifact folder, with the session options the artifact relies on."""
+    """A session of an artifact or package folder, with the session options it relies on."""
     from octavo.backends.ort_session import make_session
     from octavo.ir.artifact_io import read_artifact
+    from octavo.ir.package_io import is_package, read_package
 
-    artifact = read_artifact(Path(folder)).artifact
+    folder = Path(folder)
+    if is_package(folder):
+        packed = read_package(folder)
+        return make_session(folder / packed.model, threads=threads, config=packed.session_options)
+    artifact = read_artifact(folder).artifact
     return make_session(artifact.path, threads=threads, config=artifact.session_options)
+
+
+def package(
+    folder: str | Path,
+    output: str | Path | None = None,
+    *,
+    any_processor: bool = False,
+    force: bool = False,
+) -> Packaged:
+    """Write an artifact folder as a device gets it, by default to FOLDER/package.
+
+    See `octavo package --help`. Raises OctavoError.
+    """
+    from octavo.cli.packaging import package_artifact
+
+    where = None if output is None else Path(output)
+    return package_artifact(Path(folder), where, any_processor=any_processor, force=force)
