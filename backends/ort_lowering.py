@@ -42,7 +42,16 @@ def lower(model: Model, path: Path, target: str = ORT_CPU.name) -> Artifact:
     _strip(own)
     verify(own, after_pass=f"lowering to {target}")
     write(own, path)
-    return Artifact(path, target, planned)
+    return Artifact(path, target, planned, _session_options(model))
+
+
+def _session_options(model: Model) -> dict[str, str]:
+    """What the kernels that the plan names rest on, where the file itself does not say it."""
+    plan = model.find(Plan) or Plan({}, "")
+    blocked = any(c.option.method == "weight-only" for c in plan.by_node.values())
+    # A standard node of blocks has no attribute for how exactly the fused kernel multiplies.
+    fused = blocked and model.find(Portable) is not None
+    return {"session.qdq_matmulnbits_accuracy_level": str(blocks.ACCURACY_LEVEL)} if fused else {}
 
 
 def _check_weights(model: Model) -> None:

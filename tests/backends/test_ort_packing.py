@@ -319,6 +319,7 @@ def test_portable_blocks_are_a_standard_operator_that_fuses(
     model = read(_proto(case, _arrays(case))).with_fact(Portable())
     planned = _planned(model, Option("weight-only", spec), pass_context)
     artifact = lower(planned, tmp_path / "m.onnx")
+    assert artifact.session_options == {"session.qdq_matmulnbits_accuracy_level": "4"}
     graph = onnx.load(artifact.path).graph
     assert {node.domain for node in graph.node} == {""}
     stored = {t.name: t.data_type for t in graph.initializer}
