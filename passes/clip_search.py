@@ -24,6 +24,8 @@ _NARROWEST = 0.2
 # The best magnitude of a binary weight lies between the median and the middle of all, and the
 # mean is not far from either.
 _BINARY = (0.6, 1.8)
+# Every so many scales are tried first, then those around the best of them.
+_STRIDE = 4
 _CHUNK_ELEMENTS = 1 << 16
 _TINY = np.finfo(np.float32).tiny
 # So many entries tell a grid from other numbers; float32 codes up to 255 are off by 3e-5.
@@ -80,10 +82,10 @@ def clipped_params(
 ) -> QuantParams:
     """The parameters that minimise `sum |w - dequantize(quantize(w))|^p` per scale of `spec`.
 
-    `steps` scales are tried, from the whole range down to a fifth of it (Frantar et al. 2023,
-    GPTQ, the grid search of its reference implementation). Where the entries of a scale are
-    codes times a number already, that number is found and nothing is lost. An asymmetric grid
-    has a code for zero, and narrows both of its ends alike.
+    `steps` scales lie between the whole range and a fifth of it (Frantar et al. 2023, GPTQ, the
+    grid search of its reference implementation), tried from coarse to fine. Where the entries of a
+    scale are codes times a number already, that number is found and nothing is lost. An
+    asymmetric grid has a code for zero, and narrows both of its ends alike.
     """
     spec = fitted(spec, weight.shape)
     rows = ScaleRows.of(weight, spec.granularity)
@@ -118,14 +120,21 @@ class _Search:
     p: float
 
     def best(self, steps: int) -> _Grid:
-        """The grid of least error per row; of equal ones the widest."""
+        """The grid of least error per row among every few of `steps` and those around the best."""
         whole = self._whole()
-        narrower = np.arange(1, steps) * ((1 - _NARROWEST) / steps)
-        ratios = np.linspace(*_BINARY, steps) if self.spec.binary else 1 - narrower
         grid, error = whole, self._error(whole, whole.scale)
-        for ratio in ratios:
-            tried = _Grid(np.maximum(whole.scale * np.float32(ratio), _TINY), whole.zero)
-            grid, error = _better(grid, error, tried, self._error(tried, whole.scale))
+        first, last = _BINARY if self.spec.binary else (1.0, _NARROWEST)
+        ratios = np.linspace(first, last, steps, endpoint=False, dtype=np.float32)
+        chosen = np.zeros(len(self.rows), np.int64)
+        stride = _STRIDE if steps > _STRIDE**2 else 1
+        for offsets in (range(stride, steps, stride), range(1 - stride, stride)):
+            centre = chosen
+            for offset in filter(None, offsets):
+                at = np.clip(centre + offset, 0, steps - 1)
+                tried = _Grid(np.maximum(whole.scale * ratios[at], _TINY), whole.zero)
+                left = self._error(tried, whole.scale)
+                chosen = np.where(left < error, at, chosen)
+                grid, error = _better(grid, error, tried, left)
         for tried in self._recognised(np.flatnonzero(error > 0)):
             grid, error = _better(grid, error, tried, self._error(tried, whole.scale))
         return grid

@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 class ClipWeights(Pass):
     """Let few large weights be cut so that all others are rounded more finely.
 
-    **What it does.** Tries `steps` scales between the whole range and a fifth of it, for every
-    channel or block, and keeps the one that minimises the sum of `|w - ŵ|^p`. Weights that are
-    codes times some number keep exactly their values.
+    **What it does.** Of `steps` scales between the whole range and a fifth of it, tried from coarse
+    to fine for every channel or block, keeps the one that minimises the sum of `|w - ŵ|^p`.
+    Weights that are codes times some number keep exactly their values.
     **Why.** At few bits a single outlier costs all other weights of its channel their resolution.
     **When it does not apply.** Weights on their grid already, float16, and tables of codes.
-    **Cost and accuracy.** Data-free; 2 ns per weight and step. The error in the p-norm never
-    rises. A `p` above 2 spares the large weights, which count for more than others.
+    **Cost and accuracy.** Data-free; half a nanosecond per weight and step. The error in the p-norm
+    never rises. A `p` above 2 spares the large weights, which count for more than others.
     """
 
     name = "clip-weights"
