@@ -8,7 +8,8 @@ import numpy as np
 
 from octavo.ir.calibration import first_samples
 from octavo.ir.errors import CalibrationError
-from octavo.passes.read_values import value_reader
+from octavo.passes.operand_walk import OperandWalk
+from octavo.passes.sample_macs import affordable_samples, sample_macs
 from octavo.passes.weight_matrix import operand
 
 if TYPE_CHECKING:
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 
     Float64 = NDArray[np.float64]
 
+# Samples of a large model hold many columns each.
+_MACS = 1e11
+_LEAST_SAMPLES = 8
+
 
 def sample_columns(
     model: Model, ctx: PassContext, layers: Collection[Layer], samples: int, rows: int
@@ -34,28 +39,42 @@ def sample_columns(
     """
     if not layers or ctx.calibration is None:
         return
+    macs = sample_macs(model, ctx, ctx.calibration)
+    samples = affordable_samples(macs, _MACS, samples, _LEAST_SAMPLES)
     feeds = list(first_samples(ctx.calibration, samples))
     each = max(1, -(-rows // max(len(feeds), 1)))
-    by_reading: dict[tuple[str, object], list[Layer]] = {}
-    for layer in layers:
-        name = operand(layer.linear.node, 1).name or ""
+    place = {v.name: at for at, node in enumerate(model.graph) for v in node.outputs}
+    by_value: dict[str, dict[object, list[Layer]]] = {}
+    for layer in sorted(layers, key=lambda of: place.get(_operand(of), -1)):
         reading = (layer.matrix.window, layer.matrix.groups, layer.matrix.turned)
-        by_reading.setdefault((name, reading), []).append(layer)
-    read = value_reader(model, ctx.evaluator, {name for name, _ in by_reading})
-    drawn: dict[tuple[str, object], list[NDArray[np.float32]]] = {key: [] for key in by_reading}
-    for at, feed in enumerate(feeds):
-        arrays = read(feed)
-        for key, some in by_reading.items():
-            found = some[0].matrix.columns(arrays[key[0]], each, ctx.seed + at)
-            if not np.all(np.isfinite(found)):
-                raise _not_finite(key[0], some[0].linear.node.name or "", at + 1)
-            drawn[key].append(found)
-        ctx.progress("read layers", at + 1, len(feeds))
-    for key, some in by_reading.items():
-        if sum(found.shape[1] for found in drawn[key]):
-            columns = np.concatenate(drawn[key], axis=1)
+        by_value.setdefault(_operand(layer), {}).setdefault(reading, []).append(layer)
+    walk = OperandWalk.of(model, ctx, feeds, by_value)
+    for done, (name, alike) in enumerate(by_value.items(), start=1):
+        walk.reach(name)
+        for some in alike.values():
+            columns = _drawn(walk, name, some[0], each, ctx.seed)
             for layer in some:
                 layer.columns = columns
+        walk.leave(name)
+        ctx.progress("read layers", done, len(by_value))
+
+
+def _operand(layer: Layer) -> str:
+    return operand(layer.linear.node, 1).name or ""
+
+
+def _drawn(
+    walk: OperandWalk, name: str, layer: Layer, each: int, seed: int
+) -> NDArray[np.float32] | None:
+    """So many columns per feed of what a layer reads; `None` where there are none."""
+    drawn = []
+    for at in range(len(walk.walk.feeds)):
+        found = layer.matrix.columns(walk.walk.read(at, name), each, seed + at)
+        if not np.all(np.isfinite(found)):
+            raise _not_finite(name, layer.linear.node.name or "", at + 1)
+        drawn.append(found)
+    columns = np.concatenate(drawn, axis=1)
+    return columns if columns.shape[1] else None
 
 
 def estimate_power(links: Sequence[Link], layers: Mapping[int, Layer]) -> None:
