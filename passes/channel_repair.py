@@ -16,6 +16,7 @@ from octavo.passes.joint_moments import JointMoments
 from octavo.passes.layer_walk import Segment, Walk, segments
 from octavo.passes.output_damage import OutputDamage
 from octavo.passes.rewrite import Rewrite
+from octavo.passes.sample_macs import affordable_samples, sample_macs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 # A channel that hardly varies has no scale to restore, and none is changed beyond this factor.
 _CONSTANT = 1e-6
 _LARGEST_RATIO = 4.0
+# Samples of a large model hold many rows each: a few are enough for means and deviations.
+_MACS = 6e10
+_LEAST_SAMPLES = 8
 
 
 def moment_match(moments: JointMoments) -> Correction:
@@ -73,11 +77,13 @@ class ChannelRepair:
             self.ctx.remark("note", "", "no calibration data to take moments from")
             return model
         reference = model.fact(Reference).model
-        feeds = list(first_samples(self.ctx.calibration, self.samples))
+        macs = sample_macs(reference, self.ctx, self.ctx.calibration)
+        samples = affordable_samples(macs, _MACS, self.samples, _LEAST_SAMPLES)
+        feeds = list(first_samples(self.ctx.calibration, samples))
         before = model.clone()
         if not self._repair(model, reference, feeds):
             return before
-        return self._better(before, model, reference)
+        return self._better(before, model, reference, samples)
 
     def _repair(self, model: Model, reference: Model, feeds: Sequence[Feed]) -> int:
         """Correct the model in place; returns how many layers changed."""
@@ -141,7 +147,7 @@ class ChannelRepair:
         self.ctx.remark("applied", name, f"every channel has its {what} back", **numbers)
         return match(fit if fit is check else fit.merged(check))
 
-    def _better(self, before: Model, after: Model, reference: Model) -> Model:
+    def _better(self, before: Model, after: Model, reference: Model, samples: int) -> Model:
         """Whichever is closer to the float model on the held-out half."""
         assert self.ctx.calibration is not None
         held_out = Part(self.ctx.calibration, 1)
@@ -149,7 +155,7 @@ class ChannelRepair:
         truth, old, new = (self.ctx.evaluator.load(m) for m in (reference, before, after))
         names = [value.name or "" for value in reference.graph.inputs]
         found: list[tuple[Float64, Float64]] = []
-        for feed in first_samples(held_out, self.samples):
+        for feed in first_samples(held_out, samples):
             fed, count = {name: feed[name] for name in names}, samples_of(feed)
             expected = truth(fed)
             first, second = (damage.per_sample(expected, run(fed), count) for run in (old, new))
