@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from octavo.ir.torch_class_maps import class_map
 from octavo.ir.torch_fit import Fit
 from octavo.ir.torch_losses import distance
 from octavo.ir.torch_reconstruction import target_name
@@ -21,7 +22,11 @@ if TYPE_CHECKING:
     from octavo.ir.torch_student import Rates, Student
 
 LABELS = "octavo.labels"
+CLASSES, MAPS = "octavo.classes", "octavo.maps"
+# The label of a row that has none.
+UNSURE = -1
 _CHECKED = 32
+_TINY = 1e-12
 
 
 @final
@@ -31,14 +36,19 @@ class Lesson:
 
     `kinds` by output; `features` are further values, compared by normalised squared error with
     weight `feature_share`; `labels_share` weighs the cross entropy of the first output where the
-    batches hold labels. Every `check_every` steps the student is held against `check` samples; it
-    stops when `patience` such tests in a row bring nothing, and is left at its best.
+    batches hold labels other than UNSURE. `maps_share` weighs the normalised squared error of the
+    class activation maps where batches hold MAPS and the CLASSES they are of; `mapped` names the
+    value with places and the logits. Every `check_every` steps the student is held against
+    `check` samples; it stops when `patience` such tests in a row bring nothing, and is left at
+    its best.
     """
 
     kinds: Mapping[str, str]
     features: tuple[str, ...]
     feature_share: float
     labels_share: float
+    maps_share: float
+    mapped: tuple[str, str] | None
     steps: int
     batch: int
     check_every: int
@@ -79,11 +89,21 @@ class Lesson:
             for name in self.features
         ]
         if LABELS in batch and self.labels_share:
-            logits = outputs[next(iter(self.kinds))]
-            logits = logits.reshape(-1, logits.shape[-1])
-            labels = batch[LABELS].reshape(-1).to(torch.int64)
-            parts.append(self.labels_share * functional.cross_entropy(logits, labels))
+            parts.append(self.labels_share * self._labelled(outputs, batch[LABELS]))
+        if MAPS in batch and self.mapped is not None:
+            value, logits = (outputs[name] for name in self.mapped)
+            found = class_map(value, logits, batch[CLASSES])
+            parts.append(self.maps_share * distance(found, batch[MAPS], "values"))
         return torch.stack(parts).sum()
+
+    def _labelled(self, outputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+        """-log p of the labels in nats, summed over the rows that have one, over all rows."""
+        name, kind = next(iter(self.kinds.items()))
+        rows = outputs[name].reshape(-1, outputs[name].shape[-1])
+        rows = rows.clamp_min(_TINY).log() if kind == "probabilities" else rows
+        wanted = labels.reshape(-1).to(torch.int64)
+        total = functional.cross_entropy(rows, wanted, ignore_index=UNSURE, reduction="sum")
+        return total / len(rows)
 
     def damage(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
         """The distance of the outputs alone."""

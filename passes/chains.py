@@ -113,7 +113,7 @@ def coarse_logits(chains: Mapping[str, Chain], ranges: Ranges) -> dict[str, floa
     A mask added to scores does that: it is far below them, and the scores share one step.
     """
     found: dict[str, float] = {}
-    for chain in reversed(chains.values()):
+    for chain in reversed(list(chains.values())):
         reads = chain.operands[0].name or "" if chain.operands else ""
         moved = chain.row.same_params and any(v.name in found for v in chain.outputs)
         if reads in ranges.by_value and (moved or chain.head.op_type == "Softmax"):

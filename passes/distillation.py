@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, final
 
 import numpy as np
@@ -11,6 +12,7 @@ from octavo.ir.calibration import Part, samples_of
 from octavo.ir.extract import extract
 from octavo.ir.reference import Reference
 from octavo.passes.blocks import blocks
+from octavo.passes.class_maps import ClassMaps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,13 +25,14 @@ if TYPE_CHECKING:
     from octavo.ir.torch_rounding import RoundingMethod
     from octavo.ir.torch_student import Student
     from octavo.passes.base import PassContext
-    from octavo.passes.output_damage import OutputDamage
+    from octavo.passes.output_damage import Kind, OutputDamage
     from octavo.passes.recover import Recover
     from octavo.passes.trainable import Trainable
 
     Run = Callable[[Feed], dict[str, NDArray[np.generic]]]
 
 _CHECKS = 20
+_TINY = 1e-12
 
 
 @final
@@ -42,6 +45,12 @@ class Distillation:
     batches: Batches
     damage: OutputDamage
     options: Recover
+
+    @cached_property
+    def maps(self) -> ClassMaps | None:
+        """What class activation maps are made of, where they are asked for and there are any."""
+        found = ClassMaps.of(self.trainable.model.fact(Reference).model)
+        return found if self.options.maps else None
 
     def run(self) -> None:
         """Train, and write what was learned if torch finds it better on the held-out half.
@@ -79,7 +88,8 @@ class Distillation:
         kind = self.options.weights
         method: RoundingMethod = "fixed" if kind == "none" else kind
         inputs = [value.name or "" for value in self.trainable.model.graph.inputs]
-        outputs = (*self.damage.kinds, *features)
+        mapped = (self.maps.value, self.maps.logits) if self.maps is not None else ()
+        outputs = tuple(dict.fromkeys((*self.damage.kinds, *features, *mapped)))
         methods = dict.fromkeys(self.trainable.weights, method)
         return self.trainable.student(inputs, outputs, methods, vectors=True, activations=True)
 
@@ -103,7 +113,7 @@ class Distillation:
         return tuple(reversed(kept))
 
     def _samples(self, student: Student, part: Part, features: tuple[str, ...]) -> Samples:
-        from octavo.ir.torch_distillation import LABELS
+        from octavo.ir.torch_distillation import CLASSES, LABELS, MAPS
         from octavo.ir.torch_fit import Samples
         from octavo.ir.torch_reconstruction import target_name
 
@@ -112,6 +122,9 @@ class Distillation:
         run: Run = self.ctx.evaluator.load(extract(reference, (), wanted))
         inputs = [name for name in student.graph.inputs if name not in student.weights]
         labels, start, feeds = self._labels(part), 0, []
+        logits, kind = next(iter(self.damage.kinds.items()))
+        guessed = self.options.labels and labels is None and kind != "values"
+        seen = self.maps.reader(reference) if self.maps is not None else None
         names = [value.name or "" for value in reference.graph.inputs]
         for feed in part:
             found = run({name: feed[name] for name in names})
@@ -120,6 +133,10 @@ class Distillation:
             stop = start + samples_of(feed)
             if labels is not None:
                 made[LABELS] = labels[start:stop]
+            elif guessed:
+                made[LABELS] = sure_classes(found[logits], kind, self.options.sure)
+            if seen is not None:
+                made[CLASSES], made[MAPS] = seen(feed)
             start = stop
             feeds.append(made)
         return Samples(feeds, rows=self.trainable.in_rows(inputs))
@@ -134,6 +151,23 @@ class Distillation:
 
         options = self.options
         return Lesson(
-            self.damage.kinds, features, options.features, options.labels, options.steps,
-            options.batch, max(1, options.steps // _CHECKS), options.patience,
+            self.damage.kinds, features, options.features, options.labels, options.maps,
+            (self.maps.value, self.maps.logits) if self.maps is not None else None,
+            options.steps, options.batch, max(1, options.steps // _CHECKS), options.patience,
         )  # fmt: skip
+
+
+def sure_classes(outputs: NDArray[np.generic], kind: Kind, least: float) -> NDArray[np.int64]:
+    """The class of every row that the float model gives a chance of `least`, else UNSURE.
+
+    SynQ's rule (arXiv 2603.18423, section 4.3): where a model is not sure, only its chances are
+    learned from.
+    """
+    from octavo.ir.torch_distillation import UNSURE
+
+    rows = outputs.astype(np.float64)
+    if kind == "logits":
+        rows = np.exp(rows - rows.max(-1, keepdims=True))
+    chances = rows / np.maximum(rows.sum(-1, keepdims=True), _TINY)
+    found: NDArray[np.int64] = np.where(chances.max(-1) >= least, chances.argmax(-1), UNSURE)
+    return found

@@ -27,8 +27,10 @@ class Recover(Pass):
     **What it does.** Trains the scales of weights and activations, biases and the gains and shifts
     of norms; with `weights=flexround` or `straight-through` the codes as well. The loss is KL of
     the classes, or the normalised error of other outputs, against the float model, and the error
-    of values between blocks with share `features`, as many of them as fit into `max`. Labels are
-    used where the data has them, with share `labels`.
+    of values between blocks with share `features`, as many of them as fit into `max`. Labels count
+    with share `labels`; where the data has none, those are the classes that the float model gives a
+    chance of `sure` at least, and samples that it is less sure of have none (SynQ, Kim et al. 2025,
+    arXiv 2603.18423). `maps` is the share of how far class activation maps move.
     **Why.** Passes before it look at one layer or block; only the outputs say what matters.
     **When it does not apply.** No calibration data, operators without gradients.
     **Cost and accuracy.** `steps` batches, about `seconds`. The best state on the held-out half is
@@ -45,6 +47,8 @@ class Recover(Pass):
     seconds: float = 120.0
     features: float = 1.0
     labels: float = 0.0
+    sure: float = 0.5
+    maps: float = 0.0
     codes_rate: float = 0.003
     scales_rate: float = 0.002
     vectors_rate: float = 0.002

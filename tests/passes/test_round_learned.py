@@ -16,7 +16,8 @@ from octavo.ir.quant import PerAxis, QuantSpec, dequantize, quantize
 from octavo.ir.read import read
 from octavo.ir.reference import Reference
 from octavo.models import shipped
-from octavo.passes.distillation import Distillation
+from octavo.passes.class_maps import ClassMaps
+from octavo.passes.distillation import Distillation, sure_classes
 from octavo.passes.output_damage import OutputDamage
 from octavo.passes.pipeline import Pipeline
 from octavo.passes.recover import Recover
@@ -25,12 +26,16 @@ from octavo.passes.trainable import Trainable
 
 torch = pytest.importorskip("torch")
 
+from octavo.ir.torch_distillation import LABELS, UNSURE, Lesson  # noqa: E402
+from octavo.ir.torch_reconstruction import target_name  # noqa: E402
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from octavo.ir.calibration import Batches, Feed
     from octavo.ir.model import Model
     from octavo.passes.base import Pass, PassContext
+    from octavo.passes.output_damage import Kind
     from octavo.passes.pipeline import Compilation
 
 _UP_TO_ORDER_OF_SUMS = 1e-5
@@ -165,17 +170,66 @@ def test_nothing_is_learned_without_data(mobile: Model, pass_context: PassContex
         assert [r.kind for r in left.records[-1].remarks] == ["note"]
 
 
-def test_labels_count_where_the_data_has_them(mobile: Model, fashion: PassContext) -> None:
-    """They change what is learned; a share without labels changes nothing."""
+def test_labels_count_where_the_data_has_them_or_the_model_is_sure(
+    mobile: Model, fashion: PassContext
+) -> None:
+    """They change what is learned; without labels and certainty a share changes nothing."""
     assert fashion.calibration is not None
     model = rounded(mobile, fashion, 3)
     plain = run(model, fashion, Recover(steps=4)).model.fingerprint
-    missing = run(model, fashion, Recover(steps=4, labels=0.5)).model.fingerprint
+    missing = run(model, fashion, Recover(steps=4, labels=0.5, sure=1.1)).model.fingerprint
+    guessed = run(model, fashion, Recover(steps=4, labels=0.5)).model.fingerprint
     labels = np.arange(fashion.calibration.samples, dtype=np.int64) % 10
     with_labels = replace(fashion, calibration=Relabelled(fashion.calibration, labels))
     labelled = run(model, with_labels, Recover(steps=4, labels=0.5)).model.fingerprint
     assert missing == plain
-    assert labelled != plain
+    assert len({plain, guessed, labelled}) == 3
+
+
+@pytest.mark.parametrize("kind", ["logits", "probabilities"])
+def test_a_class_is_a_label_where_the_model_is_sure_of_it(kind: Kind) -> None:
+    chances = np.array([[0.6, 0.3, 0.1], [0.4, 0.4, 0.2], [0.2, 0.29, 0.51]], np.float32)
+    outputs = chances if kind == "probabilities" else np.log(chances) + 7
+    assert sure_classes(outputs, kind, 0.5).tolist() == [0, UNSURE, 2]
+    assert sure_classes(outputs[:, None], kind, 0.55).tolist() == [[0], [UNSURE], [UNSURE]]
+
+
+def test_rows_without_a_label_add_nothing() -> None:
+    """The mean is over all rows: -log p of the one with a label, halved."""
+    lesson = Lesson({"y": "logits"}, (), 0.0, 2.0, 0.0, None, 1, 1, 1, 1)
+    logits = torch.log(torch.tensor([[0.25, 0.75], [0.9, 0.1]]))
+    batch = {target_name("y"): logits, LABELS: torch.tensor([0, UNSURE])}
+    expected = 2.0 * -np.log(0.25) / 2
+    assert float(lesson.loss({"y": logits}, batch)) == pytest.approx(expected, rel=1e-5)
+    batch[LABELS] = torch.tensor([UNSURE, UNSURE])
+    assert float(lesson.loss({"y": logits}, batch)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_maps_of_classes_come_closer_where_they_are_asked_for(
+    mobile: Model, fashion: PassContext
+) -> None:
+    """With a large share, training moves the maps of the held-out half towards the float ones."""
+    assert fashion.calibration is not None
+    model = rounded(mobile, fashion, 3)
+    reference = model.fact(Reference).model
+    maps = ClassMaps.of(reference)
+    assert maps is not None
+    wanted, held_out = maps.reader(reference), list(Part(fashion.calibration, 1))
+
+    def apart(compressed: Model) -> float:
+        """Normalised squared error of the maps of the classes that both see."""
+        ours, total = maps.reader(compressed), []
+        for feed in held_out:
+            (theirs, seen), (same, found) = wanted(feed), ours(feed)
+            error = np.square(found - seen).sum(1) / np.square(seen).sum(1).clip(1e-9)
+            total.append(error[theirs == same])
+        return float(np.concatenate(total).mean())
+
+    plain, mapped = (
+        apart(run(model, fashion, Recover(steps=30, features=0.0, maps=share)).model)
+        for share in (0.0, 3.0)
+    )
+    assert mapped < 0.9 * plain
 
 
 def test_values_between_blocks_keep_to_the_memory(mobile: Model, fashion: PassContext) -> None:
