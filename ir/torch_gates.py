@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
-from octavo.ir.torch_losses import one_thread
+from octavo.ir.torch_losses import SURE, one_thread, own_classes
 from octavo.ir.torch_module import differentiable
 from octavo.ir.torch_values import as_torch
 
@@ -29,10 +29,10 @@ def gate_products(
 ) -> Iterator[Products]:
     """x·∂L/∂x of some values by name, one feed at a time; L is a sum over the samples.
 
-    Values that the first output does not depend on are left out. L is the cross entropy with
-    classes drawn from the model's own softmax, the mean over the rows of a sample; the gradient's
-    second moment is then the true Fisher. An output of one number a row counts as real numbers:
-    L is Σ ε·y/σ with ε ~ N(0, I) and σ the deviation of y. Raises NotDifferentiable.
+    Values that the first output does not depend on are left out. L is the cross entropy, mean over
+    the rows of a sample, with the class that the model is sure of, and where it is not with one
+    drawn from its own softmax. An output of one number a row counts as real numbers: L is Σ ε·y/σ
+    with ε ~ N(0, I) and σ the deviation of y. Raises NotDifferentiable.
     """
     output = model.graph.outputs[0].name or ""
     graph = differentiable(model, [output, *values])
@@ -55,8 +55,8 @@ def gate_products(
 def _loss(output: Tensor, generator: Generator) -> Tensor:
     if output.ndim >= 2 and output.shape[-1] > 1:
         rows = output.reshape(-1, output.shape[-1])
-        drawn = torch.multinomial(rows.detach().softmax(-1), 1, generator=generator)[:, 0]
-        total = functional.cross_entropy(rows, drawn, reduction="sum")
+        classes = own_classes(rows, generator, SURE)
+        total = functional.cross_entropy(rows, classes, reduction="sum")
         return total / (len(rows) / output.shape[0])
     noise = torch.randn(output.shape, generator=generator)
     return (output / (output.detach().std() + 1e-12) * noise).sum()

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from octavo.ir.torch_traces import Loss
 
 _TINY = 1e-12
+# SynQ's threshold (arXiv 2603.18423): a model is sure of a class from this chance on.
+SURE = 0.5
 
 
 @contextmanager
@@ -43,6 +45,18 @@ def divergence(kinds: Mapping[str, Literal["logits", "probabilities", "values"]]
         return torch.stack(parts).sum()
 
     return loss
+
+
+def own_classes(logits: Tensor, generator: torch.Generator, sure: float) -> Tensor:
+    """Labels that the model gives itself, one per row of `[rows, classes]`.
+
+    The likeliest class where its chance is `sure` at least; elsewhere one drawn by the chances,
+    whose gradients have the mean and the second moment of soft labels.
+    """
+    chances = torch.softmax(logits.detach(), -1)
+    drawn = torch.multinomial(chances, 1, generator=generator)[:, 0]
+    most, likeliest = chances.max(-1)
+    return torch.where(most >= sure, likeliest, drawn)
 
 
 def cross_entropy(logits: str, labels: str) -> Loss:

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from octavo.ir.calibration import samples_of
 from octavo.ir.errors import UnknownName, UsageError
+from octavo.ir.torch_losses import SURE, own_classes
 from octavo.ir.torch_values import as_torch
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from octavo.ir.calibration import Feed
     from octavo.ir.torch_module import TorchGraph
 
-Likelihood = Literal["labels", "sampled", "gauss-newton"]
+Likelihood = Literal["labels", "own", "sampled", "gauss-newton"]
 Loss = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]
 
 
@@ -67,8 +68,9 @@ def fisher_diagonal(
 
     Feeds are iterated twice at most. `labels`: cross entropy with one row of labels per sample,
     [samples] or [samples, positions].
-    `sampled`: labels drawn from the model's own softmax, which gives the true Fisher. Both take
-    the first output as logits with the classes in the last axis. `gauss-newton`: g = Jᵀ·ε with
+    `sampled`: labels drawn from the model's own softmax, which gives the true Fisher. `own`: drawn
+    only where the model is not sure of a class (SynQ's rule). All of these take the first output as
+    logits with the classes in the last axis. `gauss-newton`: g = Jᵀ·ε with
     ε ~ N(0, I) over all outputs, each divided by its deviation over the feeds.
 
     A sample is one entry of the first axis where the graph is `batched`, else a whole feed.
@@ -87,7 +89,8 @@ def fisher_diagonal(
         if likelihood == "gauss-newton":
             loss = _projection(outputs, deviations, generator)
         else:
-            loss = _cross_entropy(outputs[graph.outputs[0]], label, generator)
+            sure = SURE if likelihood == "own" else math.inf
+            loss = _cross_entropy(outputs[graph.outputs[0]], label, generator, sure)
         found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         for name, gradient in zip(parameters, found, strict=True):
             if gradient is not None:
@@ -168,12 +171,13 @@ def _samples(
         start += count
 
 
-def _cross_entropy(logits: Tensor, label: Tensor | None, generator: torch.Generator) -> Tensor:
-    """-log p of the labels, or of labels drawn from p; summed over the positions of a sample."""
+def _cross_entropy(
+    logits: Tensor, label: Tensor | None, generator: torch.Generator, sure: float
+) -> Tensor:
+    """-log p of the labels, or of the model's own; summed over the positions of a sample."""
     rows = logits.reshape(-1, logits.shape[-1])
     if label is None:
-        chances = torch.softmax(rows.detach(), -1)
-        label = torch.multinomial(chances, 1, generator=generator)
+        label = own_classes(rows, generator, sure)
     return functional.cross_entropy(rows, label.reshape(-1), reduction="sum")
 
 

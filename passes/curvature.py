@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _TEXTS = {
     "labels": "labels",
-    "sampled": "labels drawn from the model",
+    "own": "classes the model is sure of, others drawn",
     "gauss-newton": "Gauss-Newton of the outputs",
 }
 _LABELS = "octavo.labels"
@@ -55,7 +55,7 @@ class Curvatures:
     feeds: Sequence[Feed]
     damage: OutputDamage
     outputs: tuple[str, ...]
-    likelihood: Literal["labels", "sampled", "gauss-newton"]
+    likelihood: Literal["labels", "own", "gauss-newton"]
     labels: NDArray[np.generic] | None
     weights: frozenset[str]
     data: str
@@ -64,7 +64,7 @@ class Curvatures:
     def of(
         model: Model, ctx: PassContext, batches: Batches, limit: int, metric: Metric
     ) -> Curvatures:
-        """Labels where the data has them and the first output is classes, else drawn labels.
+        """Labels where the data has them and the first output is classes, else the model's own.
 
         Where the first output is no distribution over classes: Gauss-Newton of all outputs.
         Raises NotDifferentiable where no output is of floats.
@@ -78,9 +78,9 @@ class Curvatures:
         logits = _logits(model, damage)
         labels = _fitting(batches.labels, logits, sum(map(samples_of, feeds)))
         outputs = tuple(damage.kinds) if logits is None else (logits.name or "",)
-        likelihood: Literal["labels", "sampled", "gauss-newton"] = "labels"
+        likelihood: Literal["labels", "own", "gauss-newton"] = "labels"
         if logits is None or labels is None:
-            likelihood = "gauss-newton" if logits is None else "sampled"
+            likelihood = "gauss-newton" if logits is None else "own"
         groups = offered_roundings(model, ctx.target, ActivationRounding(ctx.evaluator)).values()
         weights = frozenset(name for group in groups for name, _ in initializers(group).values())
         return Curvatures(

@@ -31,7 +31,7 @@ def gate_fisher(
 
     x is what readers multiply, L as for `gate_products`. This is K-prune's measure (Park et al.
     2024, arXiv 2308.03449, equation 5), whose KL against the model itself has no gradient before
-    something is pruned, with the Fisher of drawn classes in its place.
+    something is pruned, with the Fisher of the model's own classes in its place.
     """
     need_torch("taylor")
     from octavo.ir.torch_gates import gate_products

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 
 from octavo.ir.errors import UnknownName, UsageError
 from octavo.ir.read import read
+from octavo.ir.torch_losses import SURE
 from octavo.ir.torch_module import TorchGraph, differentiable
 from octavo.ir.torch_traces import fisher_diagonal, hutchinson_trace
 
@@ -71,6 +72,21 @@ def test_labels_give_the_squares_of_each_sample_s_gradient(sizes: tuple[int, ...
     assert (found.samples, found.diagonal.dtype.name) == (6, "float32")
     # The square of the batch's gradient is far from it.
     assert (gradients.mean(0) ** 2).sum() < 0.8 * found.trace
+
+
+def test_own_labels_are_drawn_only_where_the_model_is_not_sure() -> None:
+    """Against the closed form: the gradient of -log p of class k is x·(p - e_k)ᵀ."""
+    x = 3 * _inputs(4000)
+    found = fisher_diagonal(_graph(1), [{"x": x}], ["w"], likelihood="own", seed=3)["w"]
+    p = _softmax(x)
+    sure = p.max(1) >= SURE
+    assert 0.2 < sure.mean() < 0.99
+    squared = (p[:, None, :] - np.eye(4)[None]) ** 2
+    chances = np.where(sure[:, None], np.eye(4)[p.argmax(1)], p)
+    expected = np.einsum("ni,nk,nkj->ij", x**2, chances, squared) / len(x)
+    true = np.einsum("ni,nk,nkj->ij", x**2, p, squared) / len(x)
+    np.testing.assert_allclose(found.diagonal, expected, rtol=0.1)
+    assert abs(found.trace - expected.sum()) < 0.2 * abs(found.trace - true.sum())
 
 
 def test_sampled_labels_give_the_true_fisher() -> None:

@@ -416,11 +416,11 @@ def test_hessian_is_mean_trace_times_squared_change(
     assert 0 < found.standard_error < exact
 
 
-def test_drawn_labels_where_there_are_none(
+def test_the_model_s_own_labels_where_there_are_none(
     model: Model, pass_context: PassContext, data: Data
 ) -> None:
     found = _found("fisher", model, pass_context, data)
-    assert "drawn from the model" in found.metric
+    assert "classes the model is sure of, others drawn" in found.metric
     assert found == replace(_found("fisher", model, pass_context, data), seconds=found.seconds)
 
 
