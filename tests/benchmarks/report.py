@@ -23,7 +23,7 @@ class Goal:
 
     def met(self, value: float, unit: Unit) -> bool:
         """Whether the value, as it is printed, keeps to the limit."""
-        value, limit = round(value, _DIGITS[unit]), round(self.limit, _DIGITS[unit])
+        value, limit = round(float(value), _DIGITS[unit]), round(self.limit, _DIGITS[unit])
         return value >= limit if self.at_least else value <= limit
 
 
@@ -43,7 +43,8 @@ class Row:
         return self.goal.met(self.values["octavo"], self.unit) if self.goal else None
 
     def to_json(self) -> dict[str, object]:
-        return {**asdict(self), "met": self.met}
+        values = {name: float(value) for name, value in self.values.items()}
+        return {**asdict(self), "values": values, "met": self.met}
 
 
 def show(console: Console, title: str, rows: Sequence[Row]) -> None:
