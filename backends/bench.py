@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import onnx_ir
     from numpy.typing import NDArray
 
+    from octavo.ir.backend import Session
     from octavo.ir.calibration import Feed
     from octavo.ir.model import Model
 
@@ -37,21 +38,22 @@ def bench(
     rounds: int = 200,
     warm_up: int = 3,
     seconds_limit: float = 1.0,
-    config: Mapping[Path, Mapping[str, str]] | None = None,
+    sessions: Callable[[Path], Session] | None = None,
+    described: str = "",
 ) -> Bench:
     """Time every file once per round, in an order that rotates; the first is the reference.
 
     Stops after `rounds`, after `seconds_limit` (not before three rounds), or as soon as every
-    median ratio is known to 1 % (McGill, Tukey, Larsen 1978: half a notch). `config` holds the
-    session configuration a file relies on. Files of more than 256 MB together are timed one
-    after the other, so that only one of them is in memory.
+    median ratio is known to 1 % (McGill, Tukey, Larsen 1978: half a notch). `sessions` loads a
+    file (default: ONNX Runtime), `described` says with what. Files of more than 256 MB together
+    are timed one after the other, so that only one of them is in memory.
     """
     if not files:
         message = "no file to time"
         raise UsageError(message)
 
     def load(file: Path) -> Callable[[], None]:
-        session = make_session(file, threads=threads, config=(config or {}).get(file))
+        session = sessions(file) if sessions else make_session(file, threads=threads)
         return session.bound({name: feed[name] for name in session.inputs if name in feed})
 
     if sum(map(file_bytes, files)) > _LARGE_BYTES:
@@ -60,7 +62,14 @@ def bench(
     else:
         seconds = _rounds([load(file) for file in files], rounds, warm_up, seconds_limit)
     rows = tuple(_row(file, k, seconds) for k, file in enumerate(files))
-    return Bench(rows, threads, len(seconds), feed_shapes(feed), environment(threads))
+    described = described or environment(threads)
+    return Bench(rows, threads, len(seconds), feed_shapes(feed), described)
+
+
+def untimed(files: Sequence[Path], feed: Feed, threads: int, described: str) -> Bench:
+    """Bytes of files that nothing here can time; `described` says why."""
+    rows = tuple(BenchRow(str(file), file_bytes(file), 0.0, 0.0, 0.0, 0.0) for file in files)
+    return Bench(rows, threads, 0, feed_shapes(feed), described)
 
 
 def _one_by_one(

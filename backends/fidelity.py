@@ -15,6 +15,7 @@ from octavo.ir.errors import VerificationFailed
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from octavo.ir.backend import Session
     from octavo.ir.calibration import Feed
 
 Outputs = dict[str, "NDArray[np.generic]"]
@@ -39,9 +40,11 @@ class Fidelity:
         return asdict(self)
 
 
-def run_file(path: Path, feeds: Sequence[Feed], *, threads: int) -> tuple[Outputs, ...]:
-    """The outputs of a model file for every feed."""
-    session = make_session(path, threads=threads)
+def run_file(
+    path: Path, feeds: Sequence[Feed], *, threads: int, session: Session | None = None
+) -> tuple[Outputs, ...]:
+    """The outputs of a model file for every feed, by ONNX Runtime or a given session of it."""
+    session = session or make_session(path, threads=threads)
     return tuple(session.run({n: feed[n] for n in session.inputs}) for feed in feeds)
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING
 
 from octavo.backends.ort_profile import (
     Owners,
@@ -18,6 +17,7 @@ from octavo.backends.ort_profile import (
     read_profile,
 )
 from octavo.backends.ort_session import release_memory
+from octavo.ir.backend import Timing
 
 if TYPE_CHECKING:
     from octavo.backends.ort_profile import KernelTime
@@ -26,21 +26,7 @@ if TYPE_CHECKING:
 
 _FEWEST_ROUNDS = 5
 _MOST_ROUNDS = 100
-QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
-
-
-@final
-@dataclass(frozen=True)
-class Timing:
-    """One lowered file: median seconds of a run, and each node's share of them.
-
-    `by_node` covers every planned node that a kernel was found for; with the quantizers it adds
-    up to `seconds`. `quantizers` are seconds and bytes of the float tensors, by operator.
-    """
-
-    seconds: float
-    by_node: dict[str, float]
-    quantizers: dict[str, tuple[float, int]]
+_QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 
 
 def time_nodes(
@@ -97,11 +83,11 @@ def _timing(artifact: Artifact, kernels: Sequence[KernelTime], seconds: float) -
     total = sum(kernel.seconds for kernel in kernels) or 1.0
     quantizers: dict[str, tuple[float, int]] = {}
     for kernel in kernels:
-        if kernel.op_type in QUANTIZERS and kernel.outputs:
+        if kernel.op_type in _QUANTIZERS and kernel.outputs:
             known, moved = quantizers.get(kernel.op_type, (0.0, 0))
             own = kernel.seconds * seconds / total
             quantizers[kernel.op_type] = known + own, moved + 4 * kernel.outputs[0][1]
-    others = [kernel for kernel in kernels if kernel.op_type not in QUANTIZERS]
+    others = [kernel for kernel in kernels if kernel.op_type not in _QUANTIZERS]
     owned = Owners.of(artifact.planned, artifact.path).seconds(others)
     left = sum(kernel.seconds for kernel in others) * seconds / total
     scale = left / (sum(owned.values()) or 1.0)

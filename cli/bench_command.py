@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, final
 
 import typer
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from octavo.ir.artifact import Bench
+    from octavo.ir.backend import Backend, Session
     from octavo.ir.calibration import Feed
 
 
@@ -49,10 +51,18 @@ def bench(
     """
     from octavo.backends.bench import bench as measure
 
-    files, config = _files(models if len(models) > 1 else _with_source(models[0]))
+    runs = _runs(models if len(models) > 1 else _with_source(models[0]))
+    files = list(runs)
     feed = _feed(files[0], data, parse_shapes(shape or ()))
+    described = dict.fromkeys(run.backend.environment(threads) for run in runs.values())
     result = measure(
-        files, feed, threads=threads, rounds=rounds, seconds_limit=seconds, config=config
+        files,
+        feed,
+        threads=threads,
+        rounds=rounds,
+        seconds_limit=seconds,
+        sessions=lambda file: runs[file].session(threads),
+        described="; ".join(described),
     )
     if as_json:
         print_json({**result.to_json(), "feed": str(data) if data else "random"})
@@ -92,20 +102,37 @@ def _with_source(path: Path) -> list[Path]:
     return [path]
 
 
-def _files(models: Sequence[Path]) -> tuple[list[Path], dict[Path, Mapping[str, str]]]:
+@final
+@dataclass(frozen=True)
+class _Run:
+    """A file, what runs it, and the session options it relies on."""
+
+    path: Path
+    backend: Backend
+    config: Mapping[str, str]
+
+    def session(self, threads: int) -> Session:
+        return self.backend.open(self.path, threads=threads, config=self.config)
+
+
+def _runs(models: Sequence[Path]) -> dict[Path, _Run]:
+    """An artifact by its target's runtime; other files by that of the first artifact."""
+    from octavo.cli.target import DEFAULT, backend_of
     from octavo.ir.artifact_io import is_artifact, read_artifact
 
-    files, config = [], {}
+    artifacts = {path: read_artifact(path).artifact for path in models if is_artifact(path)}
+    first = next(iter(artifacts.values()), None)
+    backend = backend_of(first.target if first else DEFAULT)
+    runs = {}
     for path in models:
-        if is_artifact(path):
-            artifact = read_artifact(path).artifact
-            config[artifact.path] = artifact.session_options
-            files.append(artifact.path)
+        if path in artifacts:
+            own = artifacts[path]
+            runs[own.path] = _Run(own.path, backend_of(own.target), own.session_options)
         elif path.is_file():
-            files.append(path)
+            runs[path] = _Run(path, backend, {})
         else:
             raise UsageError(f"{path} is neither a model file nor an artifact folder")
-    return files, config
+    return runs
 
 
 def _feed(first: Path, data: Path | None, shapes: Mapping[str, Sequence[int]]) -> Feed:

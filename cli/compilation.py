@@ -12,9 +12,6 @@ from typing import TYPE_CHECKING, final
 
 from octavo.backends.bench import random_feed
 from octavo.backends.fidelity import Fidelity, compare
-from octavo.backends.ort_audit import audit
-from octavo.backends.ort_lowering import lower
-from octavo.backends.ort_session import OrtEvaluator, has_vnni
 from octavo.cli.candidates import Candidate, fastest
 from octavo.cli.finishing import Finishing
 from octavo.cli.html_report import REPORT, write_report
@@ -25,7 +22,7 @@ from octavo.cli.report_data import report_data
 from octavo.cli.request import DEFAULT_SIZE, Request
 from octavo.cli.requested_pipeline import pipeline_of, suited
 from octavo.cli.scratch import scratch_folder
-from octavo.cli.target import target_of
+from octavo.cli.target import backend_of
 from octavo.ir.artifact import Artifact, Audit, Bench, Probes
 from octavo.ir.artifact_io import MODEL, Manifest, write_artifact
 from octavo.ir.cache import Cache
@@ -47,7 +44,6 @@ from octavo.passes.record import Header, PassRecord, write_records
 if TYPE_CHECKING:
     from octavo.ir.calibration import Batches, Feed
     from octavo.ir.model import Model
-    from octavo.ir.target import Target
     from octavo.passes.instruments import Instrument
 
 Progress = Callable[[str, int, int], None]
@@ -198,7 +194,8 @@ class _Given:
         request, calibration = self.request, self.calibration
         if request.pipeline == "mixed" and not request.planned:
             request = replace(request, size=DEFAULT_SIZE)
-        target = target_of(request.target)
+        backend = backend_of(request.target)
+        request = replace(request, measure=request.measure and backend.times)
         pipeline = pipeline_of(request, calibration is not None)
         pipeline.check(())
         model = read(self.source)
@@ -207,9 +204,9 @@ class _Given:
         feed = bench_feed(model, calibration, request)
         with ThreadPoolExecutor(2) as executor:
             ctx = PassContext(
-                target=target,
-                cost=AnalyticCost(target),
-                evaluator=OrtEvaluator(threads=2),
+                target=backend.target,
+                cost=AnalyticCost(backend.target),
+                evaluator=backend.evaluator(),
                 executor=executor,
                 workdir=folder,
                 calibration=calibration,
@@ -257,9 +254,8 @@ class _Job:
             pipeline = after.with_options("choose-kernels", **options)
             compiled = pipeline.run(base.model, context, self.instruments)
             path = _fresh(ctx.workdir, name) / MODEL
-            return Candidate(
-                pipeline, compiled, lambda: lower(compiled.model, path, ctx.target.name)
-            )
+            backend = measured.backend
+            return Candidate(pipeline, compiled, lambda: backend.lower(compiled.model, path))
 
         def decide(context: PassContext) -> Plan:
             model = Pipeline(after.passes[:1]).run(base.model, context).model
@@ -267,7 +263,7 @@ class _Job:
 
         best, notes = fastest(build, decide, ctx, measured)
         best = self.finish(best, ctx)
-        proven = self._prove(best, measured, (*notes, *_saturation(ctx.target)))
+        proven = self._prove(best, measured, (*notes, *measured.backend.notes()))
         return replace(
             proven,
             pipeline=Pipeline((*before.passes, *best.pipeline.passes)),
@@ -285,7 +281,7 @@ class _Job:
         found = Planner(
             request, self.model, self.pipeline, ctx, self.feed, self.finish, measured, metric
         ).run()
-        notes = (*found.notes, *_saturation(ctx.target))
+        notes = (*found.notes, *measured.backend.notes())
         proven = self._prove(found.candidate, measured, notes)
         first = len(self.pipeline.passes) - len(found.candidate.pipeline.passes)
         return replace(
@@ -307,7 +303,8 @@ class _Job:
     def _prove(self, best: Candidate, measured: Measured, notes: tuple[str, ...]) -> Compiled:
         """The evidence for the artifact that was chosen."""
         self.progress("prove", 0, 1)
-        proof = audit(best.artifact, self.feed, threads=self.request.threads)
+        threads = self.request.threads
+        proof = measured.backend.audit(best.artifact, self.feed, threads=threads)
         timing = measured.final_bench(best.artifact)
         self.progress("prove", 1, 1)
         reference, outputs = measured.reference, measured.outputs(best.artifact)
@@ -348,12 +345,6 @@ def _held_out(calibration: Batches | None) -> Batches:
 
 def _fitted(calibration: Batches | None) -> Batches | None:
     return None if calibration is None else Part(calibration, 0)
-
-
-def _saturation(target: Target) -> tuple[str, ...]:
-    if target.weight_bits < 8 or has_vnni():
-        return ()
-    return ("this processor has no VNNI, 8-bit weights may saturate: see --target ort-cpu-avx2",)
 
 
 def bench_feed(model: Model, calibration: Batches | None, request: Request) -> Feed:

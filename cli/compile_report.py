@@ -29,8 +29,8 @@ def show(compiled: Compiled, manifest: Manifest, output: Path, as_json: bool) ->
             name,
             format_bytes(row.bytes),
             f"{100 * row.bytes / source.bytes:.1f} %",
-            format_seconds(row.median_seconds),
-            f"{row.speed:.2f}x",
+            format_seconds(row.median_seconds or None),
+            f"{row.speed:.2f}x" if row.speed else "",
         )
         for name, row in files
     ]
@@ -88,10 +88,13 @@ def _lines(compiled: Compiled, manifest: Manifest, output: Path) -> Iterator[str
     shapes = ", ".join(f"{name} {shape}" for name, shape in timing.shapes.items())
     sampled = compiled.calibration is not None and not compiled.request.shapes
     feed = "a calibration sample" if sampled else "random numbers"
-    yield f"measured:    {feed}, {shapes}; {timing.rounds} rounds; {timing.environment}"
+    if timing.timed:
+        yield f"measured:    {feed}, {shapes}; {timing.rounds} rounds; {timing.environment}"
+    else:
+        yield f"measured:    no latency; {timing.environment}"
     yield f"seed:        {manifest.seed}"
     yield from (f"note:        {note}" for note in compiled.notes)
-    if timing.rows[-1].speed < NOT_SLOWER:
+    if timing.timed and timing.rows[-1].speed < NOT_SLOWER:
         yield "note:        the artifact is slower than its source here"
     yield f"next:        octavo inspect {output} lists every layer with its kernel and reason"
 
@@ -100,6 +103,9 @@ def _plan_lines(compiled: Compiled) -> Iterator[str]:
     """How the plan was found, and what it was predicted to take beside what it takes."""
     solution = compiled.model.find(Solution)
     if solution is None:
+        return
+    if not compiled.bench.timed:
+        yield f"predicted:   {format_seconds(solution.totals['seconds'])}, by estimates alone"
         return
     measured, source = compiled.bench.rows[-1].median_seconds, compiled.bench.rows[0]
     yield (

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
-from octavo.backends.ort_lowering import lower
 from octavo.cli.candidates import Candidate
+from octavo.cli.target import backend_of
 from octavo.ir.artifact_io import MODEL
 from octavo.passes.damage_log import DamageLog
 from octavo.passes.pipeline import Compilation, Pipeline
@@ -55,7 +55,8 @@ class Finishing:
         pipeline = Pipeline((*candidate.pipeline.passes, *self.pipeline.passes))
         path = self._folder(candidate, ctx) / MODEL
         compilation = Compilation(done.model, records)
-        lowered = Candidate(pipeline, compilation, lambda: lower(done.model, path, ctx.target.name))
+        backend = backend_of(ctx.target.name)
+        lowered = Candidate(pipeline, compilation, lambda: backend.lower(done.model, path))
         planned = {row.node: row for row in candidate.artifact.planned}
         rows = tuple(
             replace(row, seconds=planned[row.node].seconds) if row.node in planned else row

@@ -121,6 +121,8 @@ def _tiles(data: ReportData) -> list[tuple[str, str]]:
         return facts
     source, artifact = data.files[0], data.files[-1]
     size = f"{_percent(artifact.bytes, source.bytes)} of {_bytes(source.bytes)}"
+    if not artifact.speed:
+        return [(_bytes(artifact.bytes), size), *facts]
     time = f"{artifact.speed:.2f}x as fast as {_seconds(source.median_seconds)}"
     return [(_bytes(artifact.bytes), size), (_seconds(artifact.median_seconds), time), *facts]
 
@@ -144,9 +146,9 @@ def _files(data: ReportData) -> Iterator[_Block]:
             row.file,
             _bytes(row.bytes),
             _percent(row.bytes, data.files[0].bytes),
-            _seconds(row.median_seconds),
-            f"{_seconds(row.low_seconds)} to {_seconds(row.high_seconds)}",
-            f"{row.speed:.2f}x",
+            _seconds(row.median_seconds or None),
+            f"{_seconds(row.low_seconds)} to {_seconds(row.high_seconds)}" if row.speed else "",
+            f"{row.speed:.2f}x" if row.speed else "",
         )
         for row in data.files
     ]

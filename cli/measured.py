@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from octavo.backends.bench import bench
+from octavo.backends.bench import bench, untimed
 from octavo.backends.fidelity import Fidelity, compare, run_file
-from octavo.backends.ort_profile import measure_latencies
-from octavo.backends.ort_session import environment, release_memory
+from octavo.backends.ort_session import release_memory
+from octavo.cli.target import backend_of
 from octavo.ir.cache import Cache, cache_key
 from octavo.ir.facts import Latencies
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from octavo.backends.fidelity import Outputs
     from octavo.cli.request import Request
     from octavo.ir.artifact import Artifact, Bench
+    from octavo.ir.backend import Backend
     from octavo.ir.calibration import Feed
 
 _BENCH_SECONDS = 0.3
@@ -38,14 +39,18 @@ class Measured:
     benches: dict[Path, Bench] = field(default_factory=dict)
     seen: dict[Path, tuple[Outputs, ...]] = field(default_factory=dict)
 
+    @property
+    def backend(self) -> Backend:
+        """Of the target that is compiled for."""
+        return backend_of(self.request.target)
+
     def latencies(self, artifact: Artifact) -> Latencies:
         """Seconds per node in float and as planned."""
         key = self._key("latencies", artifact)
         if (stored := self._load(key)) is not None:
             return Latencies(**stored)
-        measured = measure_latencies(
-            self.source, artifact.path, artifact.planned, self.feed, threads=self.request.threads
-        )
+        threads = self.request.threads
+        measured = self.backend.latencies(self.source, artifact, self.feed, threads=threads)
         self._store(key, asdict(measured))
         return measured
 
@@ -77,17 +82,27 @@ class Measured:
 
     def _run(self, path: Path) -> tuple[Outputs, ...]:
         if path not in self.seen:
-            self.seen[path] = run_file(path, self.probes, threads=self.request.threads)
+            threads = self.request.threads
+            session = self.backend.open(path, threads=threads)
+            self.seen[path] = run_file(path, self.probes, threads=threads, session=session)
+            del session
             release_memory()
         return self.seen[path]
 
     def _bench(self, artifacts: Sequence[Artifact]) -> Bench:
         files = [artifact.path for artifact in artifacts]
-        measured = bench(
-            [self.source, *files],
-            self.feed,
-            threads=self.request.threads,
-            seconds_limit=_BENCH_SECONDS,
+        backend, threads = self.backend, self.request.threads
+        measured = (
+            bench(
+                [self.source, *files],
+                self.feed,
+                threads=threads,
+                seconds_limit=_BENCH_SECONDS,
+                sessions=lambda file: backend.open(file, threads=threads),
+                described=backend.environment(threads),
+            )
+            if backend.times
+            else untimed([self.source, *files], self.feed, threads, backend.environment(threads))
         )
         self.benches.update(dict.fromkeys(files, measured))
         return measured
@@ -95,7 +110,10 @@ class Measured:
     def _key(self, kind: str, *artifacts: Artifact) -> str:
         shapes = {name: array.shape for name, array in self.feed.items()}
         files = [_sha256(path) for a in artifacts for path in _files(a.path)]
-        measured_with = (repr(sorted(shapes.items())), environment(self.request.threads))
+        measured_with = (
+            repr(sorted(shapes.items())),
+            self.backend.environment(self.request.threads),
+        )
         return cache_key(kind, _sha256(self.source), *files, *measured_with)
 
     def _load(self, key: str) -> Any:

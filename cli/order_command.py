@@ -12,7 +12,6 @@ import typer
 
 from octavo.cli.compile_options import ModelFile, Preprocess
 from octavo.cli.render import AsJson, print_json, print_message, print_table
-from octavo.ir.errors import UnknownName
 
 if TYPE_CHECKING:
     from octavo.passes.order_study import OrderStudy
@@ -48,10 +47,9 @@ def order(
     One half of the data proposes, the other judges. A positive advantage says that the proposed
     order damages the outputs less than the swapped one.
     """
-    from octavo.backends.ort_target import TARGETS
+    from octavo.cli.target import target_of
 
-    if target not in TARGETS:
-        raise UnknownName("target", target, TARGETS)
+    target_of(target)
     found = _study(model, calibration, preprocess, step or list(_STEPS), samples, target, seed)
     if as_json:
         pairs = [{**asdict(pair), "advantage": pair.advantage} for pair in found.pairs]
@@ -69,17 +67,17 @@ def _study(
     target: str,
     seed: int,
 ) -> OrderStudy:
-    from octavo.backends.ort_session import OrtEvaluator
-    from octavo.backends.ort_target import TARGETS
     from octavo.cli.calibration_data import load_calibration
     from octavo.cli.preprocess import Preprocess
     from octavo.cli.progress import progress_bars
+    from octavo.cli.target import backend_of
     from octavo.ir.cost import AnalyticCost
     from octavo.ir.read import read
     from octavo.passes.base import PassContext
     from octavo.passes.order_study import order_study
     from octavo.passes.pipeline import Pipeline
 
+    backend = backend_of(target)
     source = read(path)
     how = Preprocess.parse(preprocess) if preprocess else None
     data = load_calibration(calibration, source, how)
@@ -89,9 +87,9 @@ def _study(
         progress_bars() as progress,
     ):
         ctx = PassContext(
-            target=TARGETS[target],
-            cost=AnalyticCost(TARGETS[target]),
-            evaluator=OrtEvaluator(threads=2),
+            target=backend.target,
+            cost=AnalyticCost(backend.target),
+            evaluator=backend.evaluator(),
             executor=executor,
             workdir=Path(folder),
             calibration=data,

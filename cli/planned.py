@@ -11,8 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
-from octavo.backends.ort_lowering import lower
-from octavo.backends.ort_session import make_session
 from octavo.cli.candidates import Candidate
 from octavo.cli.profiling import cost_of_profile, profile_model
 from octavo.cli.stand_in import stand_in
@@ -30,6 +28,7 @@ if TYPE_CHECKING:
     from octavo.cli.metric import Metric
     from octavo.cli.request import Request
     from octavo.ir.artifact import Artifact
+    from octavo.ir.backend import Session
     from octavo.ir.calibration import Batches, Feed
     from octavo.ir.evaluate import CostModel
     from octavo.ir.model import Model
@@ -153,8 +152,8 @@ class Planner:
         self.built += 1
         folder = self.ctx.workdir / f"plan-{self.built}"
         folder.mkdir(parents=True, exist_ok=True)
-        path, target = folder / MODEL, self.ctx.target.name
-        return Candidate(pipeline, compiled, lambda: lower(compiled.model, path, target))
+        path, backend = folder / MODEL, self.measured.backend
+        return Candidate(pipeline, compiled, lambda: backend.lower(compiled.model, path))
 
     def _pipeline_for(self, size: float | None, latency: str) -> Pipeline:
         options: dict[str, object] = {"latency": latency}
@@ -208,7 +207,7 @@ class Planner:
 
     def _by_metric(self, metric: Metric) -> Planned:
         """The smallest or fastest candidate whose metric falls by no more than allowed."""
-        reference = metric.score(make_session(self.measured.source, threads=1).run)
+        reference = metric.score(self._session(self.measured.source).run)
         allowed = parse_drop(self.request.max_drop, "--max-drop", reference)
         self.notes.append(f"goal: {metric.text} at least {reference - allowed:.4f}")
         low, high = self._range()
@@ -218,7 +217,7 @@ class Planner:
         for step in range(_SEARCHES):
             self.ctx.progress("search budgets", step, _SEARCHES)
             candidate, _ = self._at(budget)
-            score = metric.score(make_session(candidate.artifact.path, threads=1).run)
+            score = metric.score(self._session(candidate.artifact.path).run)
             self.notes.append(
                 f"{candidate.artifact.bytes} bytes: {score:.4f} against {reference:.4f}"
             )
@@ -237,6 +236,9 @@ class Planner:
         assert fallback is not None
         message = f"the metric falls from {reference:.4f} to {fallback_score:.4f} at best"
         return self._planned(fallback, (f"{message}, more than --max-drop allows",))
+
+    def _session(self, path: Path) -> Session:
+        return self.measured.backend.open(path, threads=1)
 
     def _at(self, budget: float) -> tuple[Candidate, list[str]]:
         if self.request.goal == "fastest":

@@ -19,16 +19,16 @@ from octavo.cli.render import (
     print_message,
     print_table,
 )
-from octavo.ir.errors import UnknownName, UsageError
+from octavo.ir.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from octavo.cli.profiling import Kind, Profiled
+    from octavo.ir.backend import Backend
     from octavo.ir.calibration import Feed
     from octavo.ir.latency_table import LatencyTable
     from octavo.ir.model import Model
-    from octavo.ir.target import Target
 
 _SHOWN_NAME = 90
 _ATTRIBUTES = re.compile(r"\{.*?\}(?=\()")
@@ -79,18 +79,16 @@ def profile(
     Equal nodes are measured once, side by side with float; what an earlier profile of any model
     has measured on this device is not measured again.
     """
-    from octavo.backends.ort_session import environment
-    from octavo.backends.ort_target import TARGETS
     from octavo.cli.bench_command import parse_shapes
     from octavo.cli.profiling import DEFAULT_KINDS, Kind
+    from octavo.cli.target import backend_of
     from octavo.ir.read import read
 
-    if target not in TARGETS:
-        raise UnknownName("target", target, TARGETS)
+    backend = _timing(backend_of(target))
     kinds = tuple(map(Kind.parse, kind)) if kind else DEFAULT_KINDS
-    before = _existing(output, environment(threads))
+    before = _existing(output, backend.environment(threads))
     shapes = parse_shapes(shape or ())
-    work = _Work(read(model), TARGETS[target], shapes, threads, calibration, cache)
+    work = _Work(read(model), backend, shapes, threads, calibration, cache)
     profiled = work.run(kinds, seconds)
     table = before.merge(profiled.table) if before else profiled.table
     table.write(output)
@@ -106,7 +104,7 @@ class _Work:
     """What is profiled, and how."""
 
     source: Model
-    target: Target
+    backend: Backend
     shapes: Mapping[str, Sequence[int]]
     threads: int
     calibration: str
@@ -114,7 +112,6 @@ class _Work:
 
     def run(self, kinds: Sequence[Kind], seconds: float) -> Profiled:
         """Canonicalize the model and profile it."""
-        from octavo.backends.ort_session import OrtEvaluator
         from octavo.cli.profiling import profile_model
         from octavo.cli.progress import progress_bars
         from octavo.ir.cache import Cache, default_folder
@@ -123,13 +120,13 @@ class _Work:
         from octavo.passes.base import PassContext
         from octavo.passes.pipeline import Pipeline
 
-        feed = self._feed()
+        feed, target = self._feed(), self.backend.target
         scratch = tempfile.TemporaryDirectory(prefix="octavo-")
         with progress_bars() as progress, scratch as folder, ThreadPoolExecutor(1) as executor:
             ctx = PassContext(
-                target=self.target,
-                cost=AnalyticCost(self.target, concrete_elements(self.source, feed)),
-                evaluator=OrtEvaluator(threads=self.threads),
+                target=target,
+                cost=AnalyticCost(target, concrete_elements(self.source, feed)),
+                evaluator=self.backend.evaluator(self.threads),
                 executor=executor,
                 workdir=Path(folder),
                 cache=Cache(default_folder()) if self.cache else None,
@@ -148,6 +145,14 @@ class _Work:
 
         batches = load_calibration(self.calibration, self.source) if self.calibration else None
         return bench_feed(self.source, batches, Request(shapes=self.shapes or None))
+
+
+def _timing(backend: Backend) -> Backend:
+    """The backend if it can time here; refuses others, early."""
+    if not backend.times:
+        message = f"nothing here tells the seconds of {backend.target.name}"
+        raise UsageError(message, why=backend.environment(1), hint="profile on the device")
+    return backend
 
 
 def _existing(path: Path, environment: str) -> LatencyTable | None:

@@ -11,9 +11,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, cast, final
 
 from octavo.backends.bench import bench
-from octavo.backends.ort_lowering import lower
-from octavo.backends.ort_session import environment
-from octavo.backends.ort_timing import QUANTIZERS, time_nodes
+from octavo.cli.target import backend_of
 from octavo.ir.cache import cache_key
 from octavo.ir.errors import UnknownName, UsageError
 from octavo.ir.facts import FLOAT, Choice, Option, Plan, Range, Ranges
@@ -34,8 +32,8 @@ if TYPE_CHECKING:
 
     import onnx_ir
 
-    from octavo.backends.ort_timing import Timing
     from octavo.ir.artifact import Artifact
+    from octavo.ir.backend import Backend, Timing
     from octavo.ir.calibration import Feed
     from octavo.ir.facts import Method
     from octavo.ir.model import Model
@@ -47,6 +45,7 @@ Row = dict[str, float]
 _ANY_RANGE = Range(-1.0, 1.0, -1.0, 1.0)
 _LABEL = "profile"
 _RATES = ("quantize", "dequantize")
+_QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 _LINEAR = ("Conv", "ConvTranspose", "MatMul", "Gemm", "LSTM", "GRU", "RNN")
 _FORM = re.compile(r"weight-only:s([248])/block(16|32|64|128|256)")
 _NOT_A_NAME = re.compile(r"\W+")
@@ -212,7 +211,7 @@ def cost_of_profile(
     """
     table = read_table(path)
     cost = TableCost.of(model, table, target, feed)
-    different = table.differences(environment(threads))
+    different = table.differences(backend_of(target.name).environment(threads))
     warnings = [f"{path.name} was recorded elsewhere: {text}" for text in different]
     if cost.known < cost.total:
         warnings.append(f"{cost.total - cost.known} of {cost.total} nodes are not in {path.name}")
@@ -232,6 +231,10 @@ class _Work:
     fresh: dict[tuple[str, str], None] = field(default_factory=dict)
     rates: tuple[float, ...] = ()
     built: dict[Kind, tuple[Plan, Artifact]] = field(default_factory=dict)
+
+    @property
+    def backend(self) -> Backend:
+        return backend_of(self.ctx.target.name)
 
     def run(self, kinds: Sequence[Kind]) -> Profiled:
         plans = {kind: kind.plan(self.model, self.ctx) for kind in (FLOAT_KIND, *kinds)}
@@ -259,7 +262,7 @@ class _Work:
         times: list[float] = []
         for done, kind in enumerate(kinds or [FLOAT_KIND], 1):
             files = [base] if kind is FLOAT_KIND else [base, self._lowered(kind, plans[kind])]
-            timed = time_nodes(
+            timed = self.backend.time_nodes(
                 files, self.feed, threads=self.threads, seconds_limit=self.seconds_limit
             )
             self._record(FLOAT_KIND, plans[FLOAT_KIND], timed[0].by_node)
@@ -271,7 +274,7 @@ class _Work:
                 scaled = {name: own * scale for name, own in seconds.items()}
                 self._record(kind, plans[kind], scaled)
                 if kind.method == "static":
-                    rates = [_rate(timed[1].quantizers.get(name)) for name in QUANTIZERS]
+                    rates = [_rate(timed[1].quantizers.get(name)) for name in _QUANTIZERS]
                     self._store_rates([rate * scale for rate in rates])
             self.ctx.progress(_LABEL, done, steps)
         self._settle(min(times))
@@ -295,7 +298,7 @@ class _Work:
         planned = Pipeline(passes).run(self.model.with_fact(plan), self.ctx).model
         folder = self.ctx.workdir / _NOT_A_NAME.sub("-", str(kind))
         folder.mkdir(parents=True, exist_ok=True)
-        artifact = lower(planned, folder / "model.onnx", self.ctx.target.name)
+        artifact = self.backend.lower(planned, folder / "model.onnx")
         self.built[kind] = plan, artifact
         return artifact
 
@@ -321,7 +324,7 @@ class _Work:
 
     def _profiled(self) -> Profiled:
         rows = {text: row for text, row in self.rows.items() if row}
-        table = LatencyTable(environment(self.threads), rows, *self._rates())
+        table = LatencyTable(self.backend.environment(self.threads), rows, *self._rates())
         cost = TableCost.of(self.model, table, self.ctx.target, self.feed)
         checks = tuple(self._checks(cost))
         return Profiled(table, Counter(self.signatures.values()), checks, cost)
@@ -332,7 +335,13 @@ class _Work:
             return
         files = [artifact.path for _, artifact in self.built.values()]
         limit = self.seconds_limit * len(files) / 2
-        timed = bench(files, self.feed, threads=self.threads, seconds_limit=limit)
+        timed = bench(
+            files,
+            self.feed,
+            threads=self.threads,
+            seconds_limit=limit,
+            sessions=lambda file: self.backend.open(file, threads=self.threads),
+        )
         for (kind, (plan, _)), row in zip(self.built.items(), timed.rows, strict=True):
             seconds = predicted_seconds(self.model, plan, cost, self.ctx.target)
             yield Check(str(kind), seconds, row.median_seconds)
@@ -369,7 +378,8 @@ class _Work:
         return self.rates or (tuple(json.loads(stored)) if stored is not None else ())
 
     def _cache_key(self, *parts: str) -> str:
-        return cache_key("latency", self.ctx.target.name, environment(self.threads), *parts)
+        environment = self.backend.environment(self.threads)
+        return cache_key("latency", self.ctx.target.name, environment, *parts)
 
 
 def _rate(found: tuple[float, int] | None) -> float:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from octavo.cli.render import print_message, print_warning
-from octavo.ir.errors import UnknownName
 
 if TYPE_CHECKING:
     from octavo.passes.base import PassContext
@@ -50,22 +49,19 @@ def replay(
 @contextmanager
 def _context(found: Reproduction) -> Iterator[PassContext]:
     """The services of the compilation, without its cache and its measured latencies."""
-    from octavo.backends.ort_session import OrtEvaluator
-    from octavo.backends.ort_target import TARGETS
+    from octavo.cli.target import backend_of
     from octavo.ir.cost import AnalyticCost
     from octavo.passes.base import PassContext
 
-    if found.target not in TARGETS:
-        raise UnknownName("target", found.target, TARGETS)
-    target = TARGETS[found.target]
+    backend = backend_of(found.target)
     with (
         tempfile.TemporaryDirectory(prefix="octavo-") as workdir,
         ThreadPoolExecutor(2) as executor,
     ):
         yield PassContext(
-            target=target,
-            cost=AnalyticCost(target, _elements(found)),
-            evaluator=OrtEvaluator(),
+            target=backend.target,
+            cost=AnalyticCost(backend.target, _elements(found)),
+            evaluator=backend.evaluator(),
             executor=executor,
             workdir=Path(workdir),
             calibration=found.calibration,

@@ -153,6 +153,7 @@ def report_data(compiled: Compiled, manifest: Manifest) -> ReportData:
     predictions = [
         Prediction(name, predicted, row.median_seconds)
         for name, predicted, row in zip(sizes, seconds, rows, strict=True)
+        if row.speed
     ]
     return with_planner(data, menu, solution, () if found is None else (found,), predictions)
 

@@ -14,8 +14,8 @@ from octavo.ir.errors import UnknownName, UsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from octavo.backends.ort_session import Session
     from octavo.ir.arrays_io import Array
+    from octavo.ir.backend import Session
 
 
 def run(
@@ -46,15 +46,16 @@ def run(
 
 def open_session(path: Path, threads: int) -> Session:
     """The runtime's session of a model file, or of an artifact with its own session options."""
-    from octavo.backends.ort_session import make_session
+    from octavo.cli.target import DEFAULT, backend_of
     from octavo.ir.artifact_io import is_artifact, read_artifact
 
     if is_artifact(path):
         artifact = read_artifact(path).artifact
-        return make_session(artifact.path, threads=threads, config=artifact.session_options)
+        config, backend = artifact.session_options, backend_of(artifact.target)
+        return backend.open(artifact.path, threads=threads, config=config)
     if not path.is_file():
         raise UsageError(f"{path} is neither a model file nor an artifact folder")
-    return make_session(path, threads=threads)
+    return backend_of(DEFAULT).open(path, threads=threads)
 
 
 def read_feed(path: Path) -> dict[str, Array]:

@@ -19,16 +19,16 @@ from octavo.cli.render import (
     print_message,
     print_table,
 )
-from octavo.ir.errors import NotDifferentiable, UnknownName, UsageError
+from octavo.ir.errors import NotDifferentiable, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from octavo.cli.progress import Progress
+    from octavo.ir.backend import Backend
     from octavo.ir.calibration import Batches
     from octavo.ir.menu import Menu, Offer, Sensitivity
     from octavo.ir.model import Model
-    from octavo.ir.target import Target
     from octavo.passes.base import PassContext
 
 _ALL = "all"
@@ -83,15 +83,14 @@ def sensitivity(
     Ranks start with the group that is damaged most. Estimators are compared by Spearman's rank
     correlation with the measured damage.
     """
-    from octavo.backends.ort_target import TARGETS
     from octavo.cli.bench_command import parse_shapes
     from octavo.cli.progress import progress_bars
+    from octavo.cli.target import backend_of
 
-    if target not in TARGETS:
-        raise UnknownName("target", target, TARGETS)
+    backend = backend_of(target)
     names = _names(estimator)
     work = _Work(
-        calibration, preprocess, samples, bits, tuple(keep_float or ()), TARGETS[target],
+        calibration, preprocess, samples, bits, tuple(keep_float or ()), backend,
         parse_shapes(shape or ()), seed, cache,
     )  # fmt: skip
     with progress_bars() as progress:
@@ -112,7 +111,7 @@ class _Work:
     samples: int
     bits: int
     keep_float: tuple[str, ...]
-    target: Target
+    backend: Backend
     shapes: Mapping[str, Sequence[int]]
     seed: int
     cache: bool
@@ -147,15 +146,14 @@ class _Work:
     def _context(
         self, folder: Path, executor: ThreadPoolExecutor, progress: Progress
     ) -> PassContext:
-        from octavo.backends.ort_session import OrtEvaluator
         from octavo.ir.cache import Cache, default_folder
         from octavo.ir.cost import AnalyticCost
         from octavo.passes.base import PassContext
 
         return PassContext(
-            target=self.target,
-            cost=AnalyticCost(self.target),
-            evaluator=OrtEvaluator(threads=2),
+            target=self.backend.target,
+            cost=AnalyticCost(self.backend.target),
+            evaluator=self.backend.evaluator(),
             executor=executor,
             workdir=folder,
             seed=self.seed,

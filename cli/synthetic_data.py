@@ -86,17 +86,16 @@ class Maker:
 
     @contextmanager
     def _context(self) -> Iterator[PassContext]:
-        from octavo.backends.ort_session import OrtEvaluator
-        from octavo.cli.target import target_of
+        from octavo.cli.target import backend_of
         from octavo.ir.cost import AnalyticCost
         from octavo.passes.base import PassContext
 
-        target = target_of(self.target)
+        backend = backend_of(self.target)
         with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as executor:
             yield PassContext(
-                target=target,
-                cost=AnalyticCost(target),
-                evaluator=OrtEvaluator(threads=2),
+                target=backend.target,
+                cost=AnalyticCost(backend.target),
+                evaluator=backend.evaluator(),
                 executor=executor,
                 workdir=Path(folder),
                 seed=self.seed,

@@ -1,14 +1,17 @@
-"""Targets by name."""
+"""Targets and their backends by name."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from octavo.backends.ort_target import TARGETS
+from octavo.backends.registry import TARGETS, backend
 from octavo.ir.errors import UnknownName
 
 if TYPE_CHECKING:
+    from octavo.ir.backend import Backend
     from octavo.ir.target import Target
+
+DEFAULT = "ort-cpu"
 
 
 def target_of(name: str) -> Target:
@@ -16,3 +19,8 @@ def target_of(name: str) -> Target:
     if name not in TARGETS:
         raise UnknownName("target", name, TARGETS)
     return TARGETS[name]
+
+
+def backend_of(name: str) -> Backend:
+    """The backend of a target's name; UnknownName with near misses."""
+    return backend(target_of(name).name)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from octavo.cli.render import AsJson, print_json, print_message, print_table
-from octavo.ir.errors import UnknownName
 
 if TYPE_CHECKING:
     from octavo.ir.target import KernelRow, Target
@@ -19,7 +18,7 @@ targets_app = typer.Typer(help="The targets and the kernels they have.", no_args
 @targets_app.command("list")
 def list_(as_json: AsJson = False) -> None:
     """List the targets."""
-    from octavo.backends.ort_target import TARGETS
+    from octavo.backends.registry import TARGETS
 
     rows = [(t.name, t.runtime, len(t.rows), t.opset) for t in TARGETS.values()]
     columns = ("target", "runtime", "kernels", "opset")
@@ -35,11 +34,9 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show every kernel of a target, and the operators that stay float."""
-    from octavo.backends.ort_target import TARGETS
+    from octavo.cli.target import target_of
 
-    if name not in TARGETS:
-        raise UnknownName("target", name, TARGETS)
-    target = TARGETS[name]
+    target = target_of(name)
     if as_json:
         print_json(_to_json(target))
         return

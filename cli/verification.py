@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, final
 import numpy as np
 import onnx_ir
 
-from octavo.backends.ort_session import make_session
+from octavo.cli.target import backend_of
 from octavo.ir.errors import VerificationFailed
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ def replay_probes(saved: SavedArtifact, *, threads: int, tolerance: float) -> tu
     cannot be compared.
     """
     artifact, probes = saved.artifact, saved.probes()
-    session = make_session(artifact.path, threads=threads, config=artifact.session_options)
+    config, backend = artifact.session_options, backend_of(artifact.target)
+    session = backend.open(artifact.path, threads=threads, config=config)
     steps = _output_steps(artifact.path)
     rows = []
     for index, (feed, expected) in enumerate(zip(probes.feeds, probes.outputs, strict=True)):

@@ -34,7 +34,7 @@ def verify(
     Outputs on an integer grid may differ by two steps, other floats by --tolerance, integers
     not at all.
     """
-    from octavo.backends.ort_audit import audit
+    from octavo.cli.target import backend_of
     from octavo.cli.verification import replay_probes
     from octavo.ir.artifact_io import read_artifact
 
@@ -46,7 +46,8 @@ def verify(
             damaged[0], where=str(artifact), why="; ".join(damaged[1:]), hint=hint
         )
     rows = replay_probes(saved, threads=threads, tolerance=tolerance)
-    proof = audit(saved.artifact, saved.probes().feeds[0], threads=threads)
+    backend = backend_of(saved.artifact.target)
+    proof = backend.audit(saved.artifact, saved.probes().feeds[0], threads=threads)
     _show(saved, rows, proof, as_json)
     _fail(rows, proof, artifact)
 

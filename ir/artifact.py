@@ -108,13 +108,20 @@ class BenchRow:
 @final
 @dataclass(frozen=True)
 class Bench:
-    """Interleaved latencies: round k times every file once, after warm-up, on `threads` threads."""
+    """Interleaved latencies: round k times every file once, after warm-up, on `threads` threads.
+
+    Without rounds nothing was timed: rows tell bytes, `environment` says why.
+    """
 
     rows: tuple[BenchRow, ...]
     threads: int
     rounds: int
     shapes: Mapping[str, str]
     environment: str
+
+    @property
+    def timed(self) -> bool:
+        return self.rounds > 0
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)

@@ -15,8 +15,9 @@ import pytest
 from octavo.backends.bench import bench
 from octavo.backends.ort_session import environment
 from octavo.backends.ort_target import ORT_CPU
-from octavo.backends.ort_timing import Timing, time_nodes
+from octavo.backends.ort_timing import time_nodes
 from octavo.cli.profiling import DEFAULT_KINDS, Check, Kind, cost_of_profile, with_neighbours
+from octavo.ir.backend import Timing
 from octavo.ir.cache import ENVIRONMENT
 from octavo.ir.errors import UnknownName
 from octavo.ir.facts import FLOAT, Choice, Option, Plan
@@ -88,7 +89,7 @@ def test_what_was_measured_is_not_measured_again(
     def refused(*_: Any, **__: Any) -> Any:
         raise AssertionError("a session was made")
 
-    monkeypatch.setattr("octavo.cli.profiling.time_nodes", counted)
+    monkeypatch.setattr("octavo.backends.ort_timing.time_nodes", counted)
     with monkeypatch.context() as patched:
         patched.setattr("octavo.backends.ort_session._load", refused)
         result = octavo("profile", network, "-o", second, *SHAPE, *QUICK)
@@ -236,7 +237,7 @@ def test_a_machine_that_changes_its_pace_does_not_change_ratios(
         seconds = (pace, pace / 2)[: len(artifacts)]
         return [Timing(s, {"m": s}, {}) for s in seconds]
 
-    monkeypatch.setattr("octavo.cli.profiling.time_nodes", timed)
+    monkeypatch.setattr("octavo.backends.ort_timing.time_nodes", timed)
     kinds = ("static", "dynamic", "weight-only:s4/block32")
     path = tmp_path / "device.json"
     options = [option for kind in kinds for option in ("--kind", kind)]
