@@ -27,7 +27,7 @@ from rich.table import Table
 from octavo.backends.ort_session import OrtEvaluator
 from octavo.backends.ort_target import ORT_CPU
 from octavo.cli.synthetic_options import SyntheticOptions
-from octavo.ir.calibration import Batches
+from octavo.ir.calibration import Batches, Feed, first_samples
 from octavo.ir.cost import AnalyticCost
 from octavo.ir.errors import OctavoError
 from octavo.ir.model import Model
@@ -35,6 +35,7 @@ from octavo.ir.synthetic import Synthetic
 from octavo.passes.base import PassContext
 from octavo.passes.input_laws import InputLaw
 from octavo.passes.pipeline import Pipeline
+from octavo.passes.presets import PRESETS
 from octavo.passes.synthesis import Synthesis
 from octavo.passes.trust import Truster
 
@@ -63,6 +64,7 @@ TEXT_SOURCES: Mapping[str, Change] = {
     "norm": _with(prior="norm"),
     "no tokenizer": _with(vocabulary=None, prior="uniform"),
 }
+WRITTEN: Mapping[str, Change] = {"own text": _with()}
 ABLATION: Mapping[str, Change] = {
     "default": _with(),
     "no statistics": _with(statistics=0.0, entropy=0.3),
@@ -90,9 +92,14 @@ GOALS: Mapping[tuple[str, int], float] = {
     ("efficientnet-lite0", 8): 0.01,
     ("efficientnet-lite0", 4): 0.03,
 }
-# Scores with a mask have no use for 256 steps between -10000 and 10, nor has the residual stream
-# for as many between its few large channels.
-KEPT: Mapping[str, str] = {"minilm": "re:^/blocks.[0-9]/Add;re:^/Add;type:Softmax;type:Mul"}
+# Everything static would put the residual stream of an encoder into 8 bits, whose few large
+# channels leave the others few steps; choose-kernels does not.
+_CHOSEN = ("minilm",)
+# All weights in blocks of 64, float activations; as many tokens of real text as are written.
+_BLOCKS: Mapping[str, int] = {"smollm2-135m": 64}
+_REAL_WINDOWS: Mapping[str, int] = {"smollm2-135m": 8}
+# Most that perplexity may grow by, as a share of what real text gives.
+GROWTH: Mapping[tuple[str, int], float] = {("smollm2-135m", 4): 0.03}
 # Least score whatever real data gives.
 LEAST: Mapping[tuple[str, int], float] = {("minilm", 8): 0.325}
 _METHODS = {8: "nearest", 4: "gptq+moments"}
@@ -131,7 +138,8 @@ class DataFree:
     def rows(self, sources: Mapping[str, Change], widths: Sequence[int]) -> Iterator[Row]:
         """Real data, every source, and ranges without data, at every width."""
         scores: dict[int, float] = {}
-        for name in (_REAL, *sources, _ANALYTIC):
+        analytic = () if self.bench.block else (_ANALYTIC,)
+        for name in (_REAL, *sources, *analytic):
             try:
                 data, seconds = self._data(name, sources)
             except OctavoError as error:
@@ -170,20 +178,43 @@ class DataFree:
     ) -> Row:
         ranges = self.ranges if data is not None else "bound-ranges"
         ctx = replace(self.bench.ctx, calibration=data)
-        bench = replace(
-            self.bench, ctx=ctx, ranges=ranges, keep_float=KEPT.get(self._name, ""), dynamic=False
-        )
-        method = _METHODS[bits]
-        (found,) = bench.rows((bits,), {method: METHODS[method]}, self.before)
-        score = float(found.score) if found.score is not None else 0.0
+        bench = replace(self.bench, ctx=ctx, ranges=ranges, dynamic=False)
+        damage, agreement, found = self._measured(bench, bits)
+        score = float(found) if found is not None else 0.0
         trust = data.trust if isinstance(data, Synthetic) else None
         task = self.bench.held_out.task
         sign = -1.0 if task is not None and task.lower_is_better else 1.0
         return Row(
-            self._name, name, bits, found.damage, found.agreement, score,
+            self._name, name, bits, damage, agreement, score,
             sign * (scores.get(bits, score) - score),
             None if trust is None else trust.value, {} if trust is None else trust.parts, seconds,
         )  # fmt: skip
+
+    def _measured(self, bench: Bench, bits: int) -> tuple[float, float, float | None]:
+        """Damage, agreement and score of all weights at that many bits."""
+        if self._name in _CHOSEN and bits == 8:
+            text = PRESETS["int8"].replace("calibrate", bench.ranges)
+            return bench.measured(Pipeline.parse(text).run(bench.source, bench.ctx).model)
+        method = "gptq" if bench.block else _METHODS[bits]
+        (row,) = bench.rows((bits,), {method: METHODS[method]}, self.before)
+        return row.damage, row.agreement, row.score
+
+
+@final
+@dataclass(frozen=True)
+class Few:
+    """The first samples of other data."""
+
+    source: Batches
+    samples: int
+    labels: None = None
+
+    @property
+    def sha256(self) -> str:
+        return f"{self.samples} of {self.source.sha256}"
+
+    def __iter__(self) -> Iterator[Feed]:
+        return first_samples(self.source, self.samples)
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:
@@ -231,6 +262,9 @@ def _met(row: Row) -> str:
         return ""
     if key in LEAST:
         return f"{'met' if row.score >= LEAST[key] else 'missed'} (≥ {LEAST[key]})"
+    if key in GROWTH:
+        share = row.loss / (row.score - row.loss)
+        return f"{'met' if share <= GROWTH[key] else 'missed'} (+{share:.1%}, {GROWTH[key]:.0%})"
     if key not in GOALS or row.source != "synthetic":
         return ""
     return f"{'met' if row.loss <= GOALS[key] else 'missed'} ({GOALS[key]})"
@@ -251,7 +285,11 @@ def _correlation(console: Console, rows: Sequence[Row]) -> None:
 
 def _bench(case: Case, folder: Path, executor: ThreadPoolExecutor) -> Bench:
     ctx = PassContext(ORT_CPU, AnalyticCost(ORT_CPU), OrtEvaluator(threads=1), executor, folder)
-    return Bench.of(case, ctx, activations=True, block=0)
+    block, few = _BLOCKS.get(case.name, 0), _REAL_WINDOWS.get(case.name)
+    bench = Bench.of(case, ctx, activations=not block, block=block)
+    if few is None or bench.ctx.calibration is None:
+        return bench
+    return replace(bench, ctx=replace(bench.ctx, calibration=Few(bench.ctx.calibration, few)))
 
 
 def main(
@@ -273,7 +311,7 @@ def main(
     found: list[Row] = []
     for name in models or _DEFAULT:
         case = cases[name]
-        plain = TEXT_SOURCES if case.texts is not None else SOURCES
+        plain = WRITTEN if name in _BLOCKS else TEXT_SOURCES if case.texts is not None else SOURCES
         sources = ABLATION if ablation else DOUBTFUL if trust else plain
         sources = {k: v for k, v in sources.items() if not source or k in source}
         how = SyntheticOptions().synthesis(case.model())

@@ -145,10 +145,10 @@ class Bench:
             return Row(self.case.name, bits, name, 0, float("inf"), 0.0, None, 0.0, why)
         seconds = time.perf_counter() - begin
         artifact = lower(model, self.ctx.workdir / "lowered.onnx")
-        damage, agreement, score = self._measured(model)
+        damage, agreement, score = self.measured(model)
         return Row(self.case.name, bits, name, artifact.bytes, damage, agreement, score, seconds)
 
-    def _measured(self, model: Model) -> tuple[float, float, float | None]:
+    def measured(self, model: Model) -> tuple[float, float, float | None]:
         """Damage, agreement of the largest class and score on held-out data."""
         held_out, run = self.held_out, self.ctx.evaluator.load(model)
         damages, same, answers = [], [], []
