@@ -64,6 +64,12 @@ class PlanOptions:
     profile: Annotated[
         Path | None, typer.Option(help="A table of latencies that octavo profile recorded.")
     ] = None
+    structure: Annotated[
+        bool,
+        typer.Option(
+            "--structure", help="Budgets choose fewer channels, heads and ranks as well as bits."
+        ),
+    ] = False
     refine_seconds: Annotated[
         float,
         typer.Option(min=0.0, help="Time for the search around the plan; 0 leaves it out."),
@@ -90,6 +96,7 @@ class PlanOptions:
             "metric": self.metric,
             "goal": self.goal.value,
             "profile": str(self.profile or ""),
+            "structure": self.structure,
             "refine_seconds": self.refine_seconds,
             "estimator": self.estimator,
             "top_k": self.top_k,

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, final
 
 from octavo.cli.candidates import Candidate
-from octavo.cli.profiling import cost_of_profile, profile_model
+from octavo.cli.profiling import COPY_KINDS, cost_of_profile, profile_model
 from octavo.cli.stand_in import stand_in
 from octavo.ir.artifact_io import MODEL
 from octavo.ir.budgets import parse_bytes, parse_drop, parse_seconds
 from octavo.ir.cost import AnalyticCost
 from octavo.ir.errors import BudgetInfeasible
+from octavo.ir.menu import Menu, Solution
 from octavo.ir.shapes import concrete_elements
 from octavo.passes.planning import Planning
 from octavo.passes.solve import solve
@@ -42,6 +43,8 @@ _MARGIN_BYTES = 64
 # Timing noise that a latency budget leaves to a file, and what the next plan aims below.
 _AIM = 0.97
 _NO_LIMIT = "none"
+# What runs of a copy with other shapes may take, per kind of kernel.
+_COPY_SECONDS = 0.3
 
 
 @final
@@ -111,7 +114,7 @@ class Planner:
         studying, self._solving = rest.split("allocate")
         base = first.run(self.model, self.ctx, self.finish.instruments, rest.passes)
         cost = self._cost(base.model)
-        self._ctx = replace(self.ctx, cost=cost, stand_in=self._stand_in())
+        self._ctx = replace(self.ctx, cost=cost, cost_of=self._cost_of, stand_in=self._stand_in())
         studied = studying.run(base.model, self._ctx, self.finish.instruments)
         self._base = replace(studied, records=(*base.records, *studied.records))
         size = self.request.size or _option(self.pipeline, "size")
@@ -119,7 +122,22 @@ class Planner:
         self._budget = self._bytes(size) if size else None
 
     def _planned(self, candidate: Candidate, missed: Sequence[str]) -> Planned:
-        return Planned(candidate, self._base, tuple(self.notes), tuple(missed))
+        missed = (*missed, *self._unchanged(candidate))
+        return Planned(candidate, self._base, tuple(self.notes), missed)
+
+    def _unchanged(self, candidate: Candidate) -> tuple[str, ...]:
+        """Why no structure was offered that was asked for; a note says what was chosen."""
+        model = candidate.compilation.model
+        menu, solution = model.fact(Menu), model.fact(Solution)
+        if not self.request.structure:
+            return ()
+        if not menu.widths:
+            remarks = (r for record in self._base.records for r in record.remarks)
+            why = [r.text for r in remarks if r.text.startswith(("nothing could go", "no calib"))]
+            return (f"--structure: {'; '.join(why)}",)
+        fewer = [n for n in menu.widths if solution.options[n] != menu.offers[n][0].name]
+        self.notes.append(f"structure: {len(fewer)} of {len(menu.widths)} widths are narrower")
+        return ()
 
     def _cost(self, model: Model) -> CostModel:
         """Measured here, recorded elsewhere, or estimated."""
@@ -132,6 +150,19 @@ class Planner:
         if request.measure:
             return profile_model(model, self.feed, self.ctx, threads=request.threads).cost
         self.notes.append("latency was not measured: the plan rests on estimates")
+        return AnalyticCost(target, concrete_elements(model, self.feed))
+
+    def _cost_of(self, model: Model) -> CostModel:
+        """What a copy of the model costs that has other shapes, in integer and float kernels."""
+        request, target = self.request, self.ctx.target
+        if request.profile:
+            path = Path(request.profile)
+            return cost_of_profile(path, model, target, self.feed, request.threads)[0]
+        if request.measure:
+            return profile_model(
+                model, self.feed, self.ctx,
+                kinds=COPY_KINDS, threads=request.threads, seconds_limit=_COPY_SECONDS,
+            ).cost  # fmt: skip
         return AnalyticCost(target, concrete_elements(model, self.feed))
 
     def _stand_in(self) -> Batches | None:

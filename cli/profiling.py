@@ -105,6 +105,8 @@ DEFAULT_KINDS = (
     Kind("weight-only", 4, 128),
     Kind("weight-only", 2, 128),
 )
+# What copies of a model with other shapes are measured in; other kernels scale as float does.
+COPY_KINDS = (Kind("static"), Kind("dynamic"))
 
 
 @final

@@ -19,7 +19,8 @@ class Request:
     `shapes` and `threads` say what latency is measured with. `max_recurrent_error` bounds the
     relative output error that a dynamic LSTM kernel may add; below `min_agreement`, the share of
     rows with the same arg-max, dynamic kernels without data give way to weight-only ones.
-    `portable` leaves only weights that OpenVINO and TensorRT execute too.
+    `portable` leaves only weights that OpenVINO and TensorRT execute too. `structure` lets budgets
+    choose fewer channels, heads and ranks as well.
 
     `size`, `latency`, `memory` and `bops` are budgets as text, `max_damage` bounds the predicted
     output damage and makes `objective` (size or latency) what is minimised. `max_drop` asks for
@@ -48,6 +49,7 @@ class Request:
     metric: str = ""
     goal: str = "smallest"
     profile: str = ""
+    structure: bool = False
     refine_seconds: float = 20.0
     estimator: str = "auto"
     top_k: int = 1
@@ -75,4 +77,5 @@ class Request:
                 "refine_seconds": self.refine_seconds,
                 "estimator": self.estimator,
             }
+            given |= {"structure": "yes"} if self.structure else {}
         return given

@@ -9,6 +9,7 @@ from octavo.ir.constants import constant_behind
 from octavo.ir.errors import UsageError
 from octavo.passes.allocate import Allocate
 from octavo.passes.collect_moments import CollectMoments
+from octavo.passes.offer_structure import OfferStructure
 from octavo.passes.pipeline import Pipeline
 from octavo.passes.presets import PRESETS, preset
 from octavo.passes.registry import PASSES
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 def pipeline_of(request: Request, calibrated: bool) -> Pipeline:
     """The preset or text that was asked for, with the float patterns of the request."""
     _check(request)
-    default = "mixed" if request.planned else "int8" if calibrated else "int8-dynamic"
+    planned = "structured" if request.structure else "mixed"
+    default = planned if request.planned else "int8" if calibrated else "int8-dynamic"
     name = request.pipeline or default
     is_text = name in PASSES or any(mark in name for mark in ",{")
     pipeline = Pipeline.parse(name if is_text else preset(name))
@@ -31,6 +33,10 @@ def pipeline_of(request: Request, calibrated: bool) -> Pipeline:
     if request.planned and not allocates:
         message = f"budgets need a pipeline that allocates, '{name}' does not"
         raise UsageError(message, hint="leave the pipeline out, or use the preset mixed")
+    if request.structure and not any(p.name == OfferStructure.name for p in pipeline.passes):
+        message = "structure is chosen where there is a budget and a pass that offers it"
+        hint = "give a budget, as --latency 0.2x, and leave the pipeline out"
+        raise UsageError(message, hint=hint)
     if request.profile and not allocates:
         message = "a recorded profile decides only where there is a budget"
         raise UsageError(message, hint="give a budget, as --size 20%, or --pipeline mixed")

@@ -27,6 +27,15 @@ class Group:
 
 @final
 @dataclass(frozen=True)
+class LowRank:
+    """A layer as two: the `form` of `passes/low_rank_layer.py`, and the rank between them."""
+
+    form: str
+    rank: int
+
+
+@final
+@dataclass(frozen=True)
 class Offer:
     """One way to compress a group, with what it costs.
 
@@ -34,6 +43,9 @@ class Offer:
     the group's constants in the emitted file, with scales, zero points and unpacking nodes;
     `seconds` those of its kernels; `bops` its multiply-accumulates times weight bits times
     activation bits; `integer` says that activations are read and written as codes.
+
+    Where structure is offered, `needs` names the offers that other groups take with it: the
+    widths that its costs are those of. `ranks` are the nodes that become two of lower rank.
     """
 
     name: str
@@ -42,6 +54,8 @@ class Offer:
     seconds: float
     bops: float = 0.0
     integer: bool = False
+    needs: Mapping[str, str] = field(default_factory=dict)
+    ranks: Mapping[str, LowRank] = field(default_factory=dict)
 
 
 @final
@@ -50,17 +64,34 @@ class Menu(Fact):
     """Decision groups in topological order, and the offers of each, float first.
 
     `fixed_bytes` are those of the emitted file that no decision changes; `cost_source` says
-    where the seconds come from.
+    where the seconds come from. A group without nodes is a width: how many units of an axis
+    group stay, all of them first. `fixed_seconds` are then those of nodes that no decision
+    changes, `None` where they are to be found.
     """
 
     groups: Mapping[str, Group]
     offers: Mapping[str, tuple[Offer, ...]]
     fixed_bytes: int
     cost_source: str
+    fixed_seconds: float | None = None
+
+    @property
+    def widths(self) -> tuple[str, ...]:
+        """The groups that are widths."""
+        return tuple(name for name, group in self.groups.items() if not group.nodes)
 
     def group_of(self) -> dict[str, str]:
         """The group of every node that has one, by node name."""
         return {node: group.name for group in self.groups.values() for node in group.nodes}
+
+
+@final
+@dataclass(frozen=True)
+class Units(Fact):
+    """The units that go with every offer of a width, by width and offer, and their axis group."""
+
+    removed: Mapping[str, Mapping[str, tuple[int, ...]]]
+    axis_group: Mapping[str, str]
 
 
 @final

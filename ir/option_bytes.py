@@ -99,9 +99,15 @@ def weight_bytes(node: onnx_ir.Node, weights: Sequence[int], option: Option) -> 
 
 
 def each_weight_bytes(
-    node: onnx_ir.Node, weights: Sequence[int], option: Option
+    node: onnx_ir.Node,
+    weights: Sequence[int],
+    option: Option,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Iterator[tuple[onnx_ir.Value, OptionBytes]]:
-    """The constants among the inputs `weights` of a node, as it reads them, with their bytes."""
+    """The constants among the inputs `weights` of a node, as it reads them, with their bytes.
+
+    `shapes` are those of constants that are to have others than they have, by name.
+    """
     activations = [
         len(value.name or "")
         for index, value in enumerate(node.inputs)
@@ -110,14 +116,15 @@ def each_weight_bytes(
     for index in weights:
         value, tensor = node.inputs[index], constant_behind(node.inputs[index])
         if value is not None and tensor is not None:
-            shape = tuple(tensor.shape.numpy())
             source = matrix_source(value)
+            name = (value if source is None else source).name or ""
+            shape = (shapes or {}).get(name) or tuple(tensor.shape.numpy())
             yield (
                 value,
                 option_bytes(
                     shape if source is None else shape[::-1],
                     option,
-                    name_bytes=len((value if source is None else source).name or ""),
+                    name_bytes=len(name),
                     value_bytes=activations[0] if activations else _NAME_BYTES,
                     op_type=node.op_type,
                 ),

@@ -20,3 +20,11 @@ class Reference(Fact):
     """
 
     model: Model
+
+
+@final
+@dataclass(frozen=True)
+class Original(Fact):
+    """The float model before its structure changed: nodes and values may have other names."""
+
+    model: Model

@@ -69,7 +69,7 @@ class Allocate(Pass):
         objective = _RESOURCE[self.objective]
         if "seconds" not in limits and self.latency != "none" and objective != "seconds":
             fastest = solve(
-                programme, "seconds", limits, gap=1e-3, time_limit_seconds=self.seconds / 3
+                _whole(programme), "seconds", limits, gap=1e-3, time_limit_seconds=self.seconds / 3
             )
             limits["seconds"] = _SLACK * fastest.totals["seconds"]
             ctx.remark("note", "", f"no --latency: at most {_SLACK}x the fastest plan's seconds")
@@ -154,6 +154,17 @@ class Allocate(Pass):
         )
 
 
+def _whole(programme: Programme) -> Programme:
+    """The programme with all widths whole: nobody asked to be faster than that."""
+    groups = {
+        name: tuple(c for c in of if not any(c.needs.values()))
+        if name not in programme.needed
+        else of[:1]
+        for name, of in programme.groups.items()
+    }
+    return replace(programme, groups=groups)
+
+
 def _undecided(model: Model, objective: str, ctx: PassContext) -> Model:
     """The plan of a model without groups."""
     totals = {"bytes": float(model.fact(Menu).fixed_bytes), "damage": 0.0, "seconds": 0.0}
@@ -177,6 +188,8 @@ def plan_of(menu: Menu, found: Sensitivity, choice: Mapping[str, int], cost_sour
     choices: dict[str, Choice] = {}
     for name, index in choice.items():
         group, offers = menu.groups[name], menu.offers[name]
+        if not group.nodes:
+            continue
         offer = offers[index]
         seconds = {_method(o): o.seconds for o in (offers[0], offer)}
         damage = found.damage(name, offer.name).mean

@@ -64,6 +64,7 @@ class PassContext:
     """The services of one run. Explicit, never ambient; only `recorder` and `progress` act.
 
     `stand_in` are feeds of random numbers, for what needs inputs where there is no `calibration`.
+    `cost_of` gives the costs of a model with other shapes than the one that `cost` knows.
     """
 
     target: Target
@@ -77,6 +78,7 @@ class PassContext:
     seed: int = 0
     statistics: tuple[Statistic, ...] = ()
     recorder: Recorder = field(default_factory=Recorder)
+    cost_of: Callable[[Model], CostModel] | None = None
     progress: Callable[[str, int, int], None] = lambda label, done, total: None
 
     def remark(self, kind: RemarkKind, where: str, text: str, **values: Scalar) -> None:

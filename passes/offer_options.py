@@ -13,7 +13,7 @@ from octavo.ir.errors import UsageError
 from octavo.ir.facts import FLOAT, Fact, Option, Portable
 from octavo.ir.mapped import reading
 from octavo.ir.menu import Group, Menu, Offer
-from octavo.ir.option_bytes import each_weight_bytes, scale_count
+from octavo.ir.option_bytes import scale_count
 from octavo.ir.quant import (
     PerAxis,
     PerBlock,
@@ -27,9 +27,9 @@ from octavo.ir.target import Tie
 from octavo.passes.base import Pass, Statistic
 from octavo.passes.chains import static_chains, static_values
 from octavo.passes.fixed_bytes import fixed_bytes
-from octavo.passes.groups import find_groups, weight_source
+from octavo.passes.groups import find_groups
+from octavo.passes.offer_bytes import offer_bytes
 from octavo.passes.patterns import select
-from octavo.passes.tied_weights import stored
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -231,7 +231,8 @@ class _Maker:
             spec = QuantSpec(dtype, PerBlock(2, size), symmetric=True)
         elif size:
             axis = 1 - row.weight_axis % 2 if node.op_type in ("Gemm", "Gather") else 0
-            spec = kernel_blocks(bits, PerBlock(axis, size), zero_points=not self.request.portable)
+            zeros = self.ctx.target.zero_points and not self.request.portable
+            spec = kernel_blocks(bits, PerBlock(axis, size), zero_points=zeros)
         elif rank < 2:
             spec = QuantSpec(dtype, PerTensor(), symmetric=True)
         else:
@@ -281,26 +282,8 @@ class _Maker:
             bops += self.ctx.cost.macs(node) * _bit_operations(option)
         texts = dict.fromkeys(map(str, options.values()))
         integer = all(option.method == "static" for option in options.values())
-        size = self._bytes(options)
+        size = offer_bytes(self.nodes, options, self.ctx.target)
         return Offer("+".join(texts), options, size, seconds, bops, integer)
-
-    def _bytes(self, options: Mapping[str, Option]) -> int:
-        """The weights of a group; one that several nodes store alike is counted once."""
-        counted: set[tuple[object, ...]] = set()
-        total = 0
-        for name, option in options.items():
-            node = self.nodes[name]
-            row = self.ctx.target.support(node, "storage").row
-            weights = row.weights if row is not None else ()
-            for value, found in each_weight_bytes(node, weights, option):
-                source, spec = (
-                    stored(value, option.weight) if option.weight else (weight_source(value), None)
-                )
-                in_blocks = option.method == "weight-only"
-                key = (source.name if source is not None else "", spec, in_blocks)
-                total += found.read + (0 if key in counted else found.stored)
-                counted.add(key)
-        return total
 
 
 def _has_blocks(node: onnx_ir.Node, size: int) -> bool:

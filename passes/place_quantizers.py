@@ -11,7 +11,7 @@ import networkx as nx
 
 from octavo.ir.facts import Fact, Placement, Plan, Ranges, Site
 from octavo.ir.quant import QuantSpec
-from octavo.passes.base import Pass
+from octavo.passes.base import Pass, Statistic
 from octavo.passes.chains import find_chains
 
 if TYPE_CHECKING:
@@ -44,11 +44,17 @@ class PlaceQuantizers(Pass):
     produces = (Placement,)
     preserves = (Fact,)
 
+    def statistics(self, model: Model, ctx: PassContext) -> tuple[Statistic, ...]:
+        """Ranges of what the planned kernels read and write, where the plan is made already."""
+        plan = model.find(Plan)
+        chains = _static(model, plan, ctx).values() if plan is not None else ()
+        values = (v for chain in chains for v in (*chain.operands, *chain.outputs))
+        names = dict.fromkeys(v.name or "" for v in values if v.const_value is None)
+        return tuple(Statistic("range", name) for name in names)
+
     def run(self, model: Model, ctx: PassContext) -> Model:
-        plan = model.fact(Plan)
-        chains = find_chains(model, ctx.target)
-        static = {n: c for n, c in chains.items() if plan.method(n) == "static"}
-        draft = _Draft(ctx.target.activation_dtype)
+        static = _static(model, model.fact(Plan), ctx)
+        draft = _Draft(ctx.target.activation_dtype, ctx.target.half_scales)
         for chain in static.values():
             draft.place(chain)
         for chain in static.values():
@@ -61,9 +67,15 @@ class PlaceQuantizers(Pass):
         return model.with_fact(Placement(draft.sites, consumers, fused))
 
 
+def _static(model: Model, plan: Plan, ctx: PassContext) -> dict[str, Chain]:
+    chains = find_chains(model, ctx.target)
+    return {name: chain for name, chain in chains.items() if plan.method(name) == "static"}
+
+
 @dataclass
 class _Draft:
     dtype: str
+    half_scales: bool
     sites: dict[str, Site] = field(default_factory=dict)
 
     def place(self, chain: Chain) -> None:
@@ -129,7 +141,9 @@ class _Draft:
     def _add(self, value: onnx_ir.Value) -> None:
         name = value.name or ""
         if name not in self.sites:
-            spec = QuantSpec("s8" if self.dtype == "s8" else "u8", symmetric=self.dtype == "s8")
+            signed = self.dtype == "s8"
+            spec = QuantSpec("s8" if signed else "u8", symmetric=signed)
+            spec = replace(spec, half_scales=self.half_scales)
             self.sites[name] = Site(name, spec, name)
 
 

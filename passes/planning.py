@@ -34,6 +34,7 @@ class Planning:
     @cached_property
     def programme(self) -> Programme:
         menu, found = self.model.fact(Menu), self.model.fact(Sensitivity)
+        index = {n: {o.name: k for k, o in enumerate(menu.offers[n])} for n in menu.widths}
         groups = {}
         for name, offers in menu.offers.items():
             quantizers = self._quantizer_damage(menu.groups[name].nodes, found)
@@ -42,6 +43,7 @@ class Planning:
                     found.damage(name, offer.name).mean + (quantizers if offer.integer else 0.0),
                     {"bytes": offer.bytes, "seconds": offer.seconds, "bops": offer.bops},
                     offer.integer,
+                    {name: index[name][width] for name, width in offer.needs.items()},
                 )
                 for offer in offers
             )
@@ -72,6 +74,9 @@ class Planning:
     @property
     def _fixed_seconds(self) -> float:
         """Seconds of the nodes that no group decides."""
+        known = self.model.fact(Menu).fixed_seconds
+        if known is not None:
+            return known
         free = (node for node in self.model.graph if node.name not in self.owner)
         return sum(self.ctx.cost.option_seconds(node, FLOAT) or 0.0 for node in free)
 

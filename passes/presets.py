@@ -17,6 +17,11 @@ PRESETS: Mapping[str, str] = {
         "sensitivity{rounding=gptq},allocate,refine,place-quantizers,insert-fake-quant,"
         "clip-weights,round-gptq,match-moments"
     ),
+    "structured": (
+        "canonicalize,fold-scales,halve-constants,calibrate,collect-moments,offer-options,"
+        "sensitivity{rounding=gptq},offer-structure,allocate,refine,apply-structure,calibrate,"
+        "collect-moments,place-quantizers,insert-fake-quant,clip-weights,round-gptq,match-moments"
+    ),
     "int4": (
         "canonicalize,fold-scales,halve-constants,calibrate,collect-moments,"
         "choose-kernels{bits=4,block-size=64},place-quantizers,insert-fake-quant,clip-weights,"

@@ -54,7 +54,7 @@ def offers(
     Without data, or where nothing of the outputs can be compared, the ranking's own costs.
     """
     counts = {name: widths(pruner.groups[name], round_to, most) for name in names}
-    loss = _output_loss(pruner, samples)
+    loss = output_loss(pruner, samples)
     found: dict[str, list[Width]] = {}
     for at, (name, some) in enumerate(counts.items()):
         if loss is None:
@@ -66,7 +66,8 @@ def offers(
     return found
 
 
-def _output_loss(pruner: Pruner, samples: int) -> Callable[[Model], float] | None:
+def output_loss(pruner: Pruner, samples: int) -> Callable[[Model], float] | None:
+    """Damage of the outputs of a model, on so many samples; `None` where nothing compares."""
     damage, ctx = OutputDamage.of(pruner.model), pruner.ctx
     feeds, seen = [], 0
     for feed in pruner.feeds:
@@ -131,8 +132,12 @@ class Work:
 
     def left(self, kept: Widths) -> float:
         """Multiply-accumulates when some groups keep fewer units."""
+        return sum(self.left_of(node, kept) for node in self.macs)
+
+    def left_of(self, node: str, kept: Widths) -> float:
+        """Those of one node."""
         gone = {name: self.units[name] - count for name, count in kept.items()}
-        return sum(count * self._share(node, gone) for node, count in self.macs.items())
+        return self.macs.get(node, 0) * self._share(node, gone)
 
     def _share(self, node: str, gone: Mapping[str, int]) -> float:
         share = 1.0

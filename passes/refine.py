@@ -153,7 +153,7 @@ class Refine(Pass):
         assert batches is not None
         limits = hard_limits(model.fact(Solution))
         # A model too large to be measured is too large for gradients of 64 samples.
-        small = model.fact(Sensitivity).estimator != "scaled-error"
+        small = model.fact(Sensitivity).estimator != "scaled-error" and not model.fact(Menu).widths
         names = self.starts if small else ()
         others = starts(model, ctx, batches, names, self.metric, levels, limits, start)
         known = {"the plan": start, **dict(others)}
@@ -187,11 +187,16 @@ def _known(ctx: PassContext, key: str, menu: Menu) -> tuple[Choice, Choice] | No
 
 
 def levels_of(menu: Menu, choice: Choice) -> dict[str, list[int]]:
-    """Offers a group may move between: those that compute as the chosen one, by rising bytes."""
-    levels = {}
+    """Offers a group may move between: those that compute as the chosen one, by rising bytes.
+
+    Widths and ranks stay.
+    """
+    levels, widths = {}, menu.widths
     for name, index in choice.items():
+        if name in widths:
+            continue
         offers = menu.offers[name]
-        alike = [k for k, offer in enumerate(offers) if _methods(offer) == _methods(offers[index])]
+        alike = [k for k, offer in enumerate(offers) if _kind(offer) == _kind(offers[index])]
         if len(alike) > 1:
             levels[name] = sorted(alike, key=lambda k: (offers[k].bytes, k))
     return levels
@@ -256,8 +261,9 @@ class Trials:
         return np.concatenate(rows)
 
 
-def _methods(offer: Offer) -> tuple[str, ...]:
-    return tuple(option.method for option in offer.options.values())
+def _kind(offer: Offer) -> tuple[object, ...]:
+    methods = (option.method for option in offer.options.values())
+    return (*methods, *sorted(offer.needs.items()), *sorted(offer.ranks))
 
 
 def _feasible(planning: Planning, limits: Mapping[str, float], choice: Choice) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from octavo.passes.allocate import Allocate
+from octavo.passes.apply_structure import ApplyStructure
 from octavo.passes.bound_ranges import BoundRanges
 from octavo.passes.calibrate import Calibrate
 from octavo.passes.canonicalize import Canonicalize
@@ -19,6 +20,7 @@ from octavo.passes.halve_constants import HalveConstants
 from octavo.passes.insert_fake_quant import InsertFakeQuant
 from octavo.passes.match_moments import MatchMoments
 from octavo.passes.offer_options import OfferOptions
+from octavo.passes.offer_structure import OfferStructure
 from octavo.passes.place_quantizers import PlaceQuantizers
 from octavo.passes.prune_channels import PruneChannels
 from octavo.passes.prune_heads import PruneHeads
@@ -55,8 +57,10 @@ PASSES: Mapping[str, type[Pass]] = {
         HalveConstants,
         OfferOptions,
         AnalyseSensitivity,
+        OfferStructure,
         Allocate,
         Refine,
+        ApplyStructure,
         PlaceQuantizers,
         InsertFakeQuant,
         RoundGptq,

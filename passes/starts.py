@@ -75,7 +75,11 @@ def _solved(
     """The best choice among the levels, `None` where none was found in time."""
     from octavo.passes.solve import solve
 
-    groups = {name: tuple(of[k] for k in levels[name]) for name, of in programme.groups.items()}
+    # Of what others need there is one level.
+    groups = {
+        name: tuple(replace(of[k], needs={}) for k in levels[name])
+        for name, of in programme.groups.items()
+    }
     rows = programme.memory_rows if "memory" in limits else ()
     try:
         answer = solve(

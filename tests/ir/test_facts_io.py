@@ -31,10 +31,10 @@ from octavo.ir.facts import (
     Site,
 )
 from octavo.ir.facts_io import read_facts, write_facts
-from octavo.ir.menu import Group, Menu, Offer
+from octavo.ir.menu import Group, LowRank, Menu, Offer, Units
 from octavo.ir.quant import PerAxis, PerBlock, QuantParams, QuantSpec
 from octavo.ir.read import read
-from octavo.ir.reference import Reference
+from octavo.ir.reference import Original, Reference
 
 _U8 = QuantSpec("u8")
 _S8 = QuantSpec("s8", PerAxis(0), symmetric=True, used_bits=7)
@@ -118,10 +118,16 @@ def test_facts_of_the_planner_and_a_reference_model_survive(tmp_path: Path) -> N
     known: dict[type[Fact], Fact] = {
         Menu: Menu({"conv": group}, {"conv": (offer,)}, 100, "analytic"),
         Reference: Reference(source.with_fact(EXAMPLES[Ranges])),
+        Units: Units({"conv#width": {"2 of 4": (0, 3), "4 of 4": ()}}, {"conv#width": "conv"}),
+        Original: Original(source),
     }
     write_facts(known, tmp_path)
     again = read_facts(tmp_path)
     _assert_same(again[Menu], known[Menu])
+    _assert_same(again[Units], known[Units])
+    original = again[Original]
+    assert isinstance(original, Original)
+    assert original.model.fingerprint == source.fingerprint
     reference = again[Reference]
     assert isinstance(reference, Reference)
     assert reference.model.fingerprint == source.fingerprint
