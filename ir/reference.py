@@ -28,3 +28,9 @@ class Original(Fact):
     """The float model before its structure changed: nodes and values may have other names."""
 
     model: Model
+
+
+def with_original(model: Model, before: Model) -> Model:
+    """A model that remembers what it was before its structure changed for the first time."""
+    known = before.find(Original)
+    return model.with_fact(known or Original(before.keeping(())))

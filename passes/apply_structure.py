@@ -9,7 +9,7 @@ from octavo.ir.errors import UsageError
 from octavo.ir.facts import HalfConstants, Norms, Plan, Portable
 from octavo.ir.menu import Menu, Sensitivity, Solution, Units
 from octavo.ir.moments import Moments
-from octavo.ir.reference import Original
+from octavo.ir.reference import Original, with_original
 from octavo.passes.base import Pass
 from octavo.passes.collect_moments import collected
 from octavo.passes.factor_low_rank import low_rank_layer
@@ -60,7 +60,7 @@ class ApplyStructure(Pass):
         }
         if not removed and not ranks:
             return model
-        found = model.clone().with_fact(Original(model.clone()))
+        found = with_original(model.clone(), model)
         if removed:
             found = self._pruned(found, ctx, removed)
         return self._factored(found, ctx, ranks) if ranks else found

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, final
 import numpy as np
 
 from octavo.ir.calibration import first_samples, samples_of
-from octavo.ir.reference import Reference
+from octavo.ir.reference import Original, Reference
 from octavo.passes.instruments import Instrument
 from octavo.passes.output_damage import OutputDamage
 
@@ -44,7 +44,7 @@ class DamageLog(Instrument):
 
     def measure(self, model: Model, ctx: PassContext) -> float | None:
         """Mean damage of the outputs; `None` without data or reference."""
-        reference = model.find(Reference)
+        reference = model.find(Original) or model.find(Reference)
         if reference is None or ctx.calibration is None:
             return None
         damage = OutputDamage.of(reference.model)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, final
 import numpy as np
 
 from octavo.ir.calibration import Part, samples_of
-from octavo.ir.extract import extract
-from octavo.ir.reference import Reference
+from octavo.ir.extract import extract, values_by_name
+from octavo.ir.reference import Original, Reference
 from octavo.passes.blocks import blocks
 from octavo.passes.class_maps import ClassMaps
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from octavo.ir.calibration import Batches, Feed
+    from octavo.ir.model import Model
     from octavo.ir.torch_distillation import Lesson
     from octavo.ir.torch_fit import Samples
     from octavo.ir.torch_rounding import RoundingMethod
@@ -45,6 +46,13 @@ class Distillation:
     batches: Batches
     damage: OutputDamage
     options: Recover
+
+    @property
+    def teacher(self) -> Model:
+        """The float model that is learned from: the one before structure changed, if any did."""
+        original = self.trainable.model.find(Original)
+        found = original or self.trainable.model.fact(Reference)
+        return found.model
 
     @cached_property
     def maps(self) -> ClassMaps | None:
@@ -94,15 +102,19 @@ class Distillation:
         return self.trainable.student(inputs, outputs, methods, vectors=True, activations=True)
 
     def features(self) -> tuple[str, ...]:
-        """Values between blocks, from the outputs back as far as memory allows."""
+        """Values between blocks, from the outputs back as far as memory allows.
+
+        Of a model whose structure changed, those that are as wide as in the original one.
+        """
         reference = self.trainable.model.fact(Reference).model
         weights = {name for names in self.trainable.readers().values() for name in names}
         cut = blocks(reference, weights, self.trainable.rounded_nodes(), 1)
         names = [n for block in cut for n in block.exits if n not in self.damage.kinds]
+        names = [n for n in names if _same_width(reference, self.teacher, n)]
         first, count = next(iter(self.batches)), sum(1 for _ in self.batches)
         if not names:
             return ()
-        run: Run = self.ctx.evaluator.load(extract(reference, (), names))
+        run: Run = self.ctx.evaluator.load(extract(self.teacher, (), names))
         found = run({v.name or "": first[v.name or ""] for v in reference.graph.inputs})
         left, kept = self.options.max_bytes / count, []
         for name in reversed(names):
@@ -117,7 +129,7 @@ class Distillation:
         from octavo.ir.torch_fit import Samples
         from octavo.ir.torch_reconstruction import target_name
 
-        reference = self.trainable.model.fact(Reference).model
+        reference = self.teacher
         wanted = (*self.damage.kinds, *features)
         run: Run = self.ctx.evaluator.load(extract(reference, (), wanted))
         inputs = [name for name in student.graph.inputs if name not in student.weights]
@@ -155,6 +167,17 @@ class Distillation:
             (self.maps.value, self.maps.logits) if self.maps is not None else None,
             options.steps, options.batch, max(1, options.steps // _CHECKS), options.patience,
         )  # fmt: skip
+
+
+def _same_width(model: Model, other: Model, name: str) -> bool:
+    """Whether both have a value of the name and of the same shape."""
+    if model is other:
+        return True
+    shapes = [
+        value.shape if (value := values_by_name(each).get(name)) is not None else None
+        for each in (model, other)
+    ]
+    return None not in shapes and shapes[0] == shapes[1]
 
 
 def sure_classes(outputs: NDArray[np.generic], kind: Kind, least: float) -> NDArray[np.int64]:

@@ -13,6 +13,7 @@ import onnx_ir.passes.common
 from octavo.ir.calibration import first_samples, samples_of
 from octavo.ir.errors import UsageError
 from octavo.ir.facts import Norms, Portable
+from octavo.ir.reference import Original, with_original
 from octavo.passes.base import Pass
 from octavo.passes.block_importance import modification
 from octavo.passes.output_damage import Metric, OutputDamage
@@ -51,6 +52,7 @@ class DropBlocks(Pass):
     """
 
     name = "drop-blocks"
+    produces = (Original,)
     preserves = (Norms, Portable)
 
     count: int = 0
@@ -84,7 +86,7 @@ class DropBlocks(Pass):
             ctx.count("blocks removed")
         found = without_branches(model, ctx, {name: branches[name] for name, _ in order})
         ctx.count("nodes removed", len(list(model.graph)) - len(list(found.graph)))
-        return found
+        return with_original(found, model)
 
     def _check(self) -> None:
         by_ratio = 0 < self.ratio < 1

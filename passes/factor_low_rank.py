@@ -12,6 +12,7 @@ from octavo.ir.errors import UsageError
 from octavo.ir.facts import Norms, Portable
 from octavo.ir.mapped import reading
 from octavo.ir.moments import Moments
+from octavo.ir.reference import Original, with_original
 from octavo.passes.base import Pass
 from octavo.passes.collect_moments import collected
 from octavo.passes.linear import linear_after
@@ -51,6 +52,7 @@ class FactorLowRank(Pass):
     """
 
     name = "factor-low-rank"
+    produces = (Original,)
     preserves = (Norms, Portable)
 
     rank: float = 0.5
@@ -64,7 +66,7 @@ class FactorLowRank(Pass):
 
     def run(self, model: Model, ctx: PassContext) -> Model:
         self._check()
-        rewrite = Rewrite(model, ctx)
+        before, rewrite = model.clone(), Rewrite(model, ctx)
         nodes = list(self._nodes(model, ctx))
         moments = self._moments(model, ctx, nodes)
         for done, node in enumerate(nodes, start=1):
@@ -80,7 +82,8 @@ class FactorLowRank(Pass):
             ctx.progress("factor", done, len(nodes))
         if not ctx.recorder.counters["layers factored"]:
             ctx.remark("note", "", "no layer was factored")
-        return model
+            return model
+        return with_original(model, before)
 
     def _check(self) -> None:
         where = f"{self.name}{{rank={self.rank:g},energy={self.energy:g},multiple={self.multiple}}}"

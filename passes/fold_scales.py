@@ -9,6 +9,7 @@ import numpy as np
 
 from octavo.ir.errors import UsageError
 from octavo.ir.facts import Norms, QuantizedInput
+from octavo.ir.reference import Original
 from octavo.passes.base import Pass
 from octavo.passes.layer_columns import estimate_power, sample_columns
 from octavo.passes.patterns import select
@@ -51,7 +52,7 @@ class FoldScales(Pass):
 
     name = "fold-scales"
     produces: ClassVar[tuple[type[Fact], ...]] = (Norms,)
-    preserves: ClassVar[tuple[type[Fact], ...]] = (QuantizedInput,)
+    preserves: ClassVar[tuple[type[Fact], ...]] = (QuantizedInput, Original)
 
     method: ScaleMethod = "auto"
     bits: int = 4

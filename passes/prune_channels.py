@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, final
 
+from octavo.ir.reference import Original
 from octavo.passes.base import Pass
 from octavo.passes.prune_ranking import Score
 from octavo.passes.prune_units import Repair
@@ -40,6 +41,7 @@ class PruneChannels(Pass):
     """
 
     name = "prune-channels"
+    produces = (Original,)
 
     ratio: float = 0.3
     of: Literal["units", "macs"] = "units"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
+from octavo.ir.reference import Original
 from octavo.passes.base import Pass
 from octavo.passes.prune_ranking import Score
 from octavo.passes.prune_units import Repair
@@ -32,6 +33,7 @@ class PruneHeads(Pass):
     """
 
     name = "prune-heads"
+    produces = (Original,)
 
     ratio: float = 0.25
     score: Score = "surgeon"

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal, final
 
 from octavo.ir.errors import GoalNotMet, UsageError
+from octavo.ir.reference import with_original
 from octavo.passes.patterns import chosen, select
 from octavo.passes.prune_allocation import Work, allocate, offers
 from octavo.passes.prune_units import Pruner, Repair
@@ -65,7 +66,7 @@ class Pruning:
             ctx.remark("applied", name.partition("#")[0], text, kept=count, units=group.units)
         share = work.left(kept) / max(work.total, 1)
         ctx.remark("note", "", f"{share:.1%} of the multiply-accumulates are left", macs=share)
-        return smaller
+        return with_original(smaller, model)
 
     def _check(self) -> None:
         where = f"{self.name}{{ratio={self.ratio:g}}}"

@@ -30,7 +30,8 @@ class Recover(Pass):
     of values between blocks with share `features`, as many of them as fit into `max`. Labels count
     with share `labels`; where the data has none, those are the classes that the float model gives a
     chance of `sure` at least, and samples that it is less sure of have none (SynQ, Kim et al. 2025,
-    arXiv 2603.18423). `maps` is the share of how far class activation maps move.
+    arXiv 2603.18423). `maps` is the share of how far class activation maps move. Where structure
+    changed, the float model is the one before.
     **Why.** Passes before it look at one layer or block; only the outputs say what matters.
     **When it does not apply.** No calibration data, operators without gradients.
     **Cost and accuracy.** `steps` batches, about `seconds`. The best state on the held-out half is
