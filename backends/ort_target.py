@@ -5,73 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from octavo.ir.constants import constant_behind
+from octavo.backends.conditions import (
+    attribute,
+    float_constant,
+    float_inputs,
+    gemm_conditions,
+    group,
+    rank,
+)
 from octavo.ir.target import Condition, KernelRow, Target
 
 if TYPE_CHECKING:
     import onnx_ir
 
 MICROSOFT = "com.microsoft"
-
-
-def _constant(node: onnx_ir.Node, index: int) -> onnx_ir.TensorProtocol | None:
-    return constant_behind(node.inputs[index]) if index < len(node.inputs) else None
-
-
-def _float_constant(index: int) -> Condition:
-    def holds(node: onnx_ir.Node) -> bool:
-        tensor = _constant(node, index)
-        return tensor is not None and tensor.dtype.name == "FLOAT" and tensor.size > 0
-
-    return Condition(f"a constant float32 weight as input {index}", holds)
-
-
-def _attribute(name: str, default: object, *allowed: object) -> Condition:
-    def holds(node: onnx_ir.Node) -> bool:
-        attribute = node.attributes.get(name)
-        return (default if attribute is None else attribute.value) in allowed
-
-    return Condition(f"{name} = {' or '.join(map(str, allowed))}", holds)
-
-
-def _rank(index: int, *ranks: int) -> Condition:
-    def holds(node: onnx_ir.Node) -> bool:
-        value = node.inputs[index] if index < len(node.inputs) else None
-        return value is not None and value.shape is not None and value.shape.rank() in ranks
-
-    return Condition(f"input {index} of rank {' or '.join(map(str, ranks))}", holds)
-
-
-def _float_inputs(*indices: int) -> Condition:
-    def holds(node: onnx_ir.Node) -> bool:
-        chosen = [node.inputs[k] for k in indices] if indices else list(node.inputs)
-        return all(
-            v is not None and v.dtype is not None and v.dtype.name == "FLOAT" for v in chosen
-        )
-
-    return Condition("float32 inputs", holds)
-
-
-def _group(kind: str) -> Condition:
-    def holds(node: onnx_ir.Node) -> bool:
-        weight = _constant(node, 1)
-        group = node.attributes.get_int("group", 1)
-        if weight is None or group == 1:
-            return kind == "dense"
-        depthwise = weight.shape[1] == 1 and weight.shape[0] == group
-        return kind == ("depthwise" if depthwise else "grouped")
-
-    return Condition(f"{kind} convolution", holds)
-
-
-def _vector_bias(node: onnx_ir.Node) -> bool:
-    if len(node.inputs) < 3 or node.inputs[2] is None:
-        return True
-    weight, bias = node.inputs[1], _constant(node, 2)
-    if weight is None or weight.shape is None or bias is None:
-        return False
-    columns = weight.shape[0 if node.attributes.get_int("transB", 0) else 1]
-    return [bias.size, bias.size] == [columns, *bias.shape.numpy()[-1:]]
 
 
 def _leaves(value: onnx_ir.Value) -> bool:
@@ -85,7 +32,6 @@ _INNER = Condition(
     "an output inside the graph: probabilities below 1/512 would leave it as 0",
     lambda node: not _leaves(node.outputs[0]),
 )
-_VECTOR_BIAS = Condition("no bias, or a constant with one entry per column", _vector_bias)
 _PLAIN_LSTM = Condition(
     "default activations, no peephole, no clip, forward or bidirectional, batch second",
     lambda node: (
@@ -107,7 +53,7 @@ _DYNAMIC_MATMUL = (f"{MICROSOFT}::DynamicQuantizeMatMul", f"{MICROSOFT}::MatMulI
 
 
 def _conv(kind: str, speed: float, note: str = "") -> KernelRow:
-    conditions = (_float_constant(1), _group(kind))
+    conditions = (float_constant(1), group(kind))
     return KernelRow(
         "Conv", "static", _INTEGER_CONV, weights=(1,), weight_axis=0, bias=2,
         conditions=conditions, speed=speed, note=note,
@@ -124,7 +70,7 @@ def _elementwise(
     return KernelRow(
         op_type, "static", (f"{MICROSOFT}::{kernel}",), operands, variadic=not operands,
         fixed_range=fixed,
-        conditions=(_float_inputs(*operands), *conditions), speed=0.6,
+        conditions=(float_inputs(*operands), *conditions), speed=0.6,
     )  # fmt: skip
 
 
@@ -132,25 +78,14 @@ def _movement(op_type: str, *conditions: Condition, kernel: str = "") -> KernelR
     kernels = (op_type, kernel) if kernel else (op_type,)
     return KernelRow(
         op_type, "static", kernels, (0,), same_params=True,
-        conditions=(_float_inputs(0), *conditions), speed=0.3,
+        conditions=(float_inputs(0), *conditions), speed=0.3,
     )  # fmt: skip
-
-
-def _gemm_conditions(transposed: int) -> tuple[Condition, ...]:
-    return (
-        _float_constant(1),
-        _attribute("transB", 0, transposed),
-        _attribute("transA", 0, 0),
-        _attribute("alpha", 1.0, 1.0),
-        _attribute("beta", 1.0, 1.0),
-        _VECTOR_BIAS,
-    )
 
 
 def _gemm(transposed: int) -> KernelRow:
     return KernelRow(
         "Gemm", "static", _INTEGER_MATMUL, weights=(1,), weight_axis=1 - transposed,
-        bias=2, output="either", conditions=_gemm_conditions(transposed), speed=0.32,
+        bias=2, output="either", conditions=gemm_conditions(transposed), speed=0.32,
     )  # fmt: skip
 
 
@@ -160,7 +95,7 @@ def _storage(
     return KernelRow(
         op_type, "storage", (), (), weights=weights, weight_axis=axis, output="float",
         blocks=(0,) if op_type == "Gather" else (0, *_BLOCKS),
-        conditions=(*map(_float_constant, weights), *conditions),
+        conditions=(*map(float_constant, weights), *conditions),
         note="stored in 1 to 8 bits or as float16, unpacked when the model loads",
     )  # fmt: skip
 
@@ -171,11 +106,11 @@ _STATIC = (
     _conv("grouped", 1.95, "slower than float: pays only inside an integer region"),
     KernelRow(
         "MatMul", "static", _INTEGER_MATMUL, weights=(1,), weight_axis=1, output="either",
-        conditions=(_float_constant(1), _rank(1, 2)), speed=0.32,
+        conditions=(float_constant(1), rank(1, 2)), speed=0.32,
     ),
     KernelRow(
         "MatMul", "static", _INTEGER_MATMUL, (0, 1), output="either",
-        conditions=(_float_inputs(0, 1),), speed=0.45, note="both inputs are activations",
+        conditions=(float_inputs(0, 1),), speed=0.45, note="both inputs are activations",
     ),
     _gemm(0),
     _gemm(1),
@@ -188,7 +123,7 @@ _STATIC = (
     _elementwise("Softmax", "QLinearSoftmax", _INNER, fixed=(0.0, 1.0)),
     _elementwise("Sigmoid", "QLinearSigmoid", fixed=(0.0, 1.0)),
     _elementwise("LeakyRelu", "QLinearLeakyRelu"),
-    _movement("MaxPool", _rank(0, 4), kernel=f"{MICROSOFT}::NhwcMaxPool"),
+    _movement("MaxPool", rank(0, 4), kernel=f"{MICROSOFT}::NhwcMaxPool"),
     _movement("Reshape"),
     _movement("Transpose"),
     _movement("Squeeze"),
@@ -198,7 +133,7 @@ _STATIC = (
     _movement("Expand"),
     _movement("Tile"),
     _movement("DepthToSpace"),
-    _movement("Resize", _attribute("mode", "nearest", "nearest")),
+    _movement("Resize", attribute("mode", "nearest", "nearest")),
     _movement("Split"),
     _movement("Gather"),
     _movement("GatherElements"),
@@ -208,12 +143,12 @@ _STATIC = (
 _DYNAMIC = (
     KernelRow(
         "MatMul", "dynamic", _DYNAMIC_MATMUL, weights=(1,), weight_axis=1, output="float",
-        conditions=(_float_constant(1), _rank(1, 2)), speed=0.33,
+        conditions=(float_constant(1), rank(1, 2)), speed=0.33,
     ),
     *(
         KernelRow(
             "Gemm", "dynamic", _DYNAMIC_MATMUL, (0,), weights=(1,), weight_axis=1 - transposed,
-            bias=2, output="float", conditions=_gemm_conditions(transposed), speed=0.33,
+            bias=2, output="float", conditions=gemm_conditions(transposed), speed=0.33,
             note="as MatMul and Add",
         )
         for transposed in (0, 1)
@@ -221,12 +156,12 @@ _DYNAMIC = (
     KernelRow(
         "LSTM", "dynamic", (f"{MICROSOFT}::DynamicQuantizeLSTM",), weights=(1, 2), weight_axis=1,
         blocks=(0,), output="float", speed=0.45,
-        conditions=(_float_constant(1), _float_constant(2), _PLAIN_LSTM),
+        conditions=(float_constant(1), float_constant(2), _PLAIN_LSTM),
         note="its error is measured before it is chosen",
     ),
 )  # fmt: skip
 
-_TABLE = (_float_constant(0), _attribute("axis", 0, 0), _rank(0, 2))
+_TABLE = (float_constant(0), attribute("axis", 0, 0), rank(0, 2))
 _WEIGHT_ONLY = (
     KernelRow(
         "Gather", "weight-only", (f"{MICROSOFT}::GatherBlockQuantized",), (), weights=(0,),
@@ -240,19 +175,19 @@ _WEIGHT_ONLY = (
         "2, 4 or 8 bits, others become the next of these when the model loads",
     )
     for op_type, axis, bias, conditions in (
-        ("MatMul", 1, None, (_float_constant(1), _rank(1, 2))),
-        ("Gemm", 1, 2, _gemm_conditions(0)),
-        ("Gemm", 0, 2, _gemm_conditions(1)),
+        ("MatMul", 1, None, (float_constant(1), rank(1, 2))),
+        ("Gemm", 1, 2, gemm_conditions(0)),
+        ("Gemm", 0, 2, gemm_conditions(1)),
     )),
 )  # fmt: skip
 
 _STORAGE = (
     _storage("Conv", (1,), 0),
-    _storage("ConvTranspose", (1,), 1, _attribute("group", 1, 1)),
+    _storage("ConvTranspose", (1,), 1, attribute("group", 1, 1)),
     _storage("ConvTranspose", (1,), 0),
     _storage("MatMul", (1,), -1),
-    _storage("Gemm", (1,), 0, _attribute("transB", 0, 1)),
-    _storage("Gemm", (1,), 1, _attribute("transB", 0, 0)),
+    _storage("Gemm", (1,), 0, attribute("transB", 0, 1)),
+    _storage("Gemm", (1,), 1, attribute("transB", 0, 0)),
     _storage("Gather", (0,), 0, *_TABLE[1:]),
     *(_storage(op_type, (1, 2), 1) for op_type in ("LSTM", "GRU", "RNN")),
 )

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from octavo.backends import ort_target
+from octavo.backends import ort_target, trt_target
 
 if TYPE_CHECKING:
     from octavo.ir.backend import Backend
     from octavo.ir.target import Target
 
-TARGETS: Mapping[str, Target] = {**ort_target.TARGETS}
+TARGETS: Mapping[str, Target] = {**ort_target.TARGETS, **trt_target.TARGETS}
 
 
 def backend(name: str) -> Backend:
@@ -28,6 +28,13 @@ def _ort(target: Target) -> Backend:
     return OrtBackend(target)
 
 
+def _tensorrt(target: Target) -> Backend:
+    from octavo.backends.trt_backend import TensorRtBackend
+
+    return TensorRtBackend(target)
+
+
 _MAKERS: Mapping[str, Callable[[Target], Backend]] = {
     **dict.fromkeys(ort_target.TARGETS, _ort),
+    **dict.fromkeys(trt_target.TARGETS, _tensorrt),
 }

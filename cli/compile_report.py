@@ -74,7 +74,8 @@ def _lines(compiled: Compiled, manifest: Manifest, output: Path) -> Iterator[str
         f"{same}, over {fidelity.samples} feed(s)"
     )
     planned = sum(row.ok for row in audit.rows)
-    yield f"audit:       {planned} of {len(audit.rows)} nodes run as planned"
+    verb = "run as planned" if audit.seen else "conform; their kernels were not seen"
+    yield f"audit:       {planned} of {len(audit.rows)} nodes {verb}"
     yield from (f"             {finding}" for finding in audit.findings)
     yield from _plan_lines(compiled)
     if manifest.calibration_samples:

@@ -13,6 +13,7 @@ import typer
 
 from octavo import __version__
 from octavo.cli.bench_command import bench
+from octavo.cli.check_command import check
 from octavo.cli.compile_command import compile_
 from octavo.cli.inspect_command import inspect
 from octavo.cli.models_command import models_app
@@ -47,8 +48,8 @@ app = typer.Typer(
 )
 app.command("compile")(compile_)
 for _command in (
-    plan, synthesize, profile, sensitivity, order, inspect, bench, verify, package, run, replay,
-    passes,
+    plan, synthesize, profile, sensitivity, order, inspect, bench, verify, check, package, run,
+    replay, passes,
 ):  # fmt: skip
     app.command()(_command)
 app.add_typer(targets_app, name="targets")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from octavo.backends.registry import TARGETS, backend
-from octavo.ir.errors import UnknownName
+from octavo.ir.backend import Checker
+from octavo.ir.errors import UnknownName, UsageError
 
 if TYPE_CHECKING:
     from octavo.ir.backend import Backend
@@ -24,3 +25,12 @@ def target_of(name: str) -> Target:
 def backend_of(name: str) -> Backend:
     """The backend of a target's name; UnknownName with near misses."""
     return backend(target_of(name).name)
+
+
+def checker_of(name: str) -> Checker:
+    """What holds files against a target's rules; UsageError for a target that has none."""
+    found = backend_of(name)
+    if not isinstance(found, Checker):
+        message = f"{name} has no rules to check: it loads any ONNX file"
+        raise UsageError(message, hint="octavo targets list shows the others, as tensorrt")
+    return found

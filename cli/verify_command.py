@@ -66,7 +66,8 @@ def _show(saved: SavedArtifact, rows: Sequence[ProbeRow], proof: Audit, as_json:
     ]
     print_table(("probe", "output", "difference", "allowed", "rule", ""), cells)
     kept = sum(row.ok for row in proof.rows)
-    print_message(f"{kept} of {len(proof.rows)} nodes run as planned on {proof.environment}")
+    verb = "run as planned on" if proof.seen else "conform;"
+    print_message(f"{kept} of {len(proof.rows)} nodes {verb} {proof.environment}")
 
 
 def _fail(rows: Sequence[ProbeRow], proof: Audit, artifact: Path) -> None:

@@ -44,12 +44,16 @@ def with_absorbed(planned: Sequence[PlannedNode]) -> list[PlannedNode]:
 @final
 @dataclass(frozen=True)
 class Artifact:
-    """A lowered model on disk, its planned nodes and the session options it relies on."""
+    """A lowered model on disk, its planned nodes and the session options it relies on.
+
+    `beside` are texts by file name that the target's users want beside the model.
+    """
 
     path: Path
     target: str
     planned: tuple[PlannedNode, ...]
     session_options: Mapping[str, str] = field(default_factory=dict)
+    beside: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
@@ -80,6 +84,11 @@ class Audit:
     findings: tuple[str, ...]
     kernels: Mapping[str, int]
     environment: str
+
+    @property
+    def seen(self) -> bool:
+        """Whether kernels were seen at all, or only rules were checked."""
+        return bool(self.kernels) or not self.rows
 
     @property
     def ok(self) -> bool:

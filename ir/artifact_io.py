@@ -114,7 +114,9 @@ def write_artifact(
     _write_json(folder / PLAN, {**_plan_json(artifact.planned, plan), **(planning or {})})
     _write_json(folder / AUDIT, audit.to_json())
     write_probes(probes, folder / PROBES)
-    names = {MODEL, PROBES, *(path.name for path in folder.glob(f"{MODEL}*"))}
+    for name, text in artifact.beside.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    names = {MODEL, PROBES, *artifact.beside, *(p.name for p in folder.glob(f"{MODEL}*"))}
     files = {name: FileEntry(*_digest(folder / name)) for name in sorted(names)}
     name = Path(manifest.source.name).name
     written = replace(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, final
+from typing import TYPE_CHECKING, Protocol, final, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from octavo.ir.artifact import Artifact, Audit
     from octavo.ir.calibration import Feed
+    from octavo.ir.conformance import Conformance
     from octavo.ir.evaluate import Evaluator
     from octavo.ir.facts import Latencies
     from octavo.ir.model import Model
@@ -96,3 +97,11 @@ class Backend(Protocol):
 
     def notes(self) -> tuple[str, ...]:
         """What a user should know of an artifact made on this machine, in sentences."""
+
+
+@runtime_checkable
+class Checker(Protocol):
+    """A backend that knows what its runtime refuses."""
+
+    def check(self, path: Path) -> Conformance:
+        """Every rule of the target that a file breaks, its own or another's."""

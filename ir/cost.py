@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from octavo.ir.model import Model
     from octavo.ir.target import Target
 
-_MACS_PER_SECOND = 40e9
-_BYTES_PER_SECOND = 8e9
 # What the runtime spends around one kernel.
 CALL_SECONDS = 1e-6
 
@@ -51,7 +49,8 @@ class AnalyticCost:
         return self.seconds(node, option.method)
 
     def boundary_seconds(self, value: onnx_ir.Value) -> float:
-        return CALL_SECONDS + 4 * self.elements(value) / _BYTES_PER_SECOND
+        call = 0.0 if self.target.fused_quantizers else CALL_SECONDS
+        return call + 4 * self.elements(value) / self.target.bytes_per_second
 
     def elements(self, value: onnx_ir.Value) -> int:
         """Elements of a value; a dimension that nothing tells counts as 1."""
@@ -86,7 +85,9 @@ class AnalyticCost:
     def _float_seconds(self, node: onnx_ir.Node) -> float:
         values = [v for v in (*node.inputs, *node.outputs) if v is not None]
         moved = sum(4 * self.elements(v) for v in values if not v.is_initializer())
-        return CALL_SECONDS + self.macs(node) / _MACS_PER_SECOND + moved / _BYTES_PER_SECOND
+        rates = self.target
+        computed = self.macs(node) / rates.macs_per_second
+        return CALL_SECONDS + computed + moved / rates.bytes_per_second
 
 
 def _dims(value: onnx_ir.Value | None) -> list[int]:

@@ -99,7 +99,11 @@ class Target:
     """A device and runtime as data; `never` holds the reasons for operators that stay float.
 
     `ties` says which nodes get one decision together: readers of one weight, projections of one
-    input, operands of one sum, operands of one Concat.
+    input, operands of one sum, operands of one Concat. `half_scales` says that every scale is
+    stored as float16, `zero_points` that kernels of blocks take one beside few bits. A sum fuses
+    into the kernel of an operand that one of `fused_sums` makes for it alone, which then needs no
+    quantizer; `fused_quantizers` run inside the kernel in front of them. `features` are what the
+    device can run, in words; the rates are nominal, for the analytic prior.
     """
 
     name: str
@@ -112,6 +116,13 @@ class Target:
     ir_version: int
     never: tuple[tuple[str, str], ...] = ()
     ties: tuple[Tie, ...] = ("weight", "input")
+    half_scales: bool = False
+    zero_points: bool = True
+    fused_sums: tuple[str, ...] = ()
+    fused_quantizers: bool = False
+    features: tuple[str, ...] = ()
+    macs_per_second: float = 40e9
+    bytes_per_second: float = 8e9
 
     def support(self, node: onnx_ir.Node, method: Method) -> Support:
         """The first row for the node and method whose conditions hold."""

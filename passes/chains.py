@@ -144,6 +144,7 @@ def _chain(head: onnx_ir.Node, row: KernelRow, target: Target) -> Chain:
         members.append(add)
     indices = range(len(head.inputs)) if row.variadic else row.operands
     operands = tuple(v for k in indices if (v := head.inputs[k]) is not None)
+    operands = _without_fused(head, operands, target)
     if row.same_params:
         return Chain(head, row, tuple(members), operands)
     activation = only_reader(members[-1].outputs[0])
@@ -151,6 +152,19 @@ def _chain(head: onnx_ir.Node, row: KernelRow, target: Target) -> Chain:
     if activation is None or bounds is None:
         return Chain(head, row, tuple(members), operands)
     return Chain(head, row, (*members, activation), operands, True, bounds)
+
+
+def _without_fused(
+    head: onnx_ir.Node, operands: tuple[onnx_ir.Value, ...], target: Target
+) -> tuple[onnx_ir.Value, ...]:
+    """The operands of a sum but the one whose kernel computes the sum as well."""
+    if head.op_type != "Add":
+        return operands
+    for value in operands:
+        made = value.producer()
+        if made is not None and made.op_type in target.fused_sums and only_reader(value) is head:
+            return tuple(other for other in operands if other is not value)
+    return operands
 
 
 def _from_constants(operand: onnx_ir.Value, row: KernelRow) -> bool:

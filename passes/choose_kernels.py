@@ -149,8 +149,9 @@ class ChooseKernels(Pass):
     ) -> Option:
         if method == "weight-only":
             blocks = PerBlock(1 - row.weight_axis, self.block_size)
-            spec = kernel_blocks(self.bits, blocks, zero_points=True)
-            return Option(method, replace(spec, half_scales=self.bits < _BYTE))
+            spec = kernel_blocks(self.bits, blocks, zero_points=ctx.target.zero_points)
+            half = self.bits < _BYTE or ctx.target.half_scales
+            return Option(method, replace(spec, half_scales=half))
         spec = _weight_spec(row, node, self.bits)
         return Option(method, spec if method == "storage" else _computed(spec, ctx.target))
 
@@ -203,6 +204,7 @@ def _named(seconds: Mapping[Method, float]) -> dict[str, float]:
 
 def _computed(spec: QuantSpec, target: Target) -> QuantSpec:
     """The spec of a weight that an integer kernel multiplies, in the bits it can take."""
+    spec = replace(spec, half_scales=target.half_scales)
     return replace(spec, used_bits=target.weight_bits) if target.weight_bits < spec.bits else spec
 
 

@@ -240,7 +240,7 @@ class _Maker:
         if row.method in ("static", "dynamic"):
             spec = self._computed(spec)
         half = self.request.half_scales and self._scales_halve(node, row, spec)
-        return replace(spec, half_scales=half)
+        return replace(spec, half_scales=half or self.ctx.target.half_scales)
 
     def _computed(self, spec: QuantSpec) -> QuantSpec:
         """The spec of a weight that an integer kernel multiplies, in the bits it can take."""

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 if TYPE_CHECKING:
-    from octavo.backends.ort_session import Session
     from octavo.cli.compilation import Compiled
     from octavo.cli.packaging import Packaged
     from octavo.cli.request import Request
+    from octavo.ir.backend import Session
     from octavo.ir.cache import Cache
     from octavo.ir.calibration import Batches
     from octavo.ir.model import Model
@@ -135,6 +135,7 @@ def _batches(calibration: Any, source: Model, preprocess: str) -> Batches:
 def load(folder: str | Path, *, threads: int = 1) -> Session:
     """A session of an artifact or package folder, with the session options it relies on."""
     from octavo.backends.ort_session import make_session
+    from octavo.cli.target import backend_of
     from octavo.ir.artifact_io import read_artifact
     from octavo.ir.package_io import is_package, read_package
 
@@ -143,7 +144,8 @@ def load(folder: str | Path, *, threads: int = 1) -> Session:
         packed = read_package(folder)
         return make_session(folder / packed.model, threads=threads, config=packed.session_options)
     artifact = read_artifact(folder).artifact
-    return make_session(artifact.path, threads=threads, config=artifact.session_options)
+    config, backend = artifact.session_options, backend_of(artifact.target)
+    return backend.open(artifact.path, threads=threads, config=config)
 
 
 def package(
