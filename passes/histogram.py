@@ -69,6 +69,16 @@ class Histogram:
         return int(self.counts.sum()) + self.zeros
 
     @property
+    def moments(self) -> tuple[float, float]:
+        """Mean and standard deviation, as if what a bin holds were in its middle; NaN if empty."""
+        if not self.total:
+            return math.nan, math.nan
+        middles = (np.arange(-HALF_BINS, HALF_BINS) + 0.5) * self.width
+        mean = float(self.counts @ middles) / self.total
+        square = float(self.counts @ np.square(middles)) / self.total
+        return mean, math.sqrt(max(square - mean * mean, 0.0))
+
+    @property
     def centers(self) -> NDArray[np.float64]:
         return (np.arange(-HALF_BINS, HALF_BINS, dtype=np.float64) + 0.5) * self.width
 

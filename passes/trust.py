@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, final
 import numpy as np
 
 from octavo.ir.errors import CalibrationError
-from octavo.ir.facts import Range
+from octavo.ir.facts import Norms, Range
 from octavo.ir.synthetic import Synthetic, Trust
 from octavo.passes.bound_ranges import interval
 from octavo.passes.choose_kernels import ChooseKernels
@@ -27,9 +27,11 @@ if TYPE_CHECKING:
     from octavo.ir.model import Model
     from octavo.ir.torch_synthesis import Moments
     from octavo.passes.base import PassContext
+    from octavo.passes.histogram import Histogram
     from octavo.passes.input_laws import InputLaw
 
     Intervals = Mapping[str, Range]
+    Seen = Mapping[str, Histogram]
 
 _PERCENTILE = 99.99
 _REACH = 4.0
@@ -54,6 +56,7 @@ class Truster:
     - `classes`: the share of classes that the model sees, of as many as there are samples for.
     - `certainty`: 1 - entropy of the classes / log(classes), mean over samples.
     - `real`: overlap of the ranges with those of at least four real samples.
+    - `moments`: 1 / (1 + d / 0.1), d how far means and deviations are from those of these samples.
 
     The value is the geometric mean of all but `certainty`, which says nothing of ranges: noise
     that is loud enough makes a model as certain as images do.
@@ -70,15 +73,17 @@ class Truster:
 
     def _parts(self, data: Synthetic, real: Batches | None) -> Iterator[tuple[str, float]]:
         names = self._names()
-        whole = self._ranges(data, names)
+        seen = self._seen(data, names)
+        whole = _intervals(seen)
         groups = sorted(set(data.groups))
         if len(groups) > 1:
-            halves = [self._ranges(_of_groups(data, groups[k::2]), names) for k in (0, 1)]
-            yield "seeds", overlap(*halves)
+            halves = (self._seen(_of_groups(data, groups[k::2]), names) for k in (0, 1))
+            yield "seeds", overlap(*map(_intervals, halves))
         evidence = Evidence.of(self.model)
         if evidence.moments:
             distance = self._distance(data, evidence)
             yield "statistics", 1 / (1 + distance / _HALF_DISTANCE)
+        if (self.model.find(Norms) or Norms({})).by_value:
             yield "bounds", covered(whole, self._bounds(names))
         if evidence.logits:
             yield from self._classes(data, evidence.logits)
@@ -86,7 +91,9 @@ class Truster:
             if real.samples < _FEWEST_REAL:
                 message = f"{real.samples} real samples are too few to compare with"
                 raise CalibrationError(message, hint=f"give at least {_FEWEST_REAL}")
-            yield "real", overlap(whole, self._ranges(real, names))
+            theirs = self._seen(real, names)
+            yield "real", overlap(whole, _intervals(theirs))
+            yield "moments", 1 / (1 + distance_of_moments(seen, theirs) / _HALF_DISTANCE)
 
     def _names(self) -> list[str]:
         """What a static kernel reads or writes and every float constant leaves open."""
@@ -95,14 +102,9 @@ class Truster:
         floats = (n for n in wanted if n in made and (t := made[n].dtype) and t.is_floating_point())
         return [n for n in floats if made[n].shape is None or len(made[n].shape or ()) > 0]
 
-    def _ranges(self, data: Batches, names: Sequence[str]) -> Intervals:
+    def _seen(self, data: Batches, names: Sequence[str]) -> Seen:
         found = sweep_ranges(self.model, self.ctx.evaluator, data, names, lambda *_: None)
-        intervals = {
-            name: choose_interval(histogram, "percentile", _PERCENTILE)
-            for name, histogram in found.items()
-            if histogram.total
-        }
-        return {name: Range(*pair, *pair) for name, pair in intervals.items()}
+        return {name: histogram for name, histogram in found.items() if histogram.total}
 
     def _bounds(self, names: Sequence[str]) -> Intervals:
         known = Propagation(self.model, _REACH)
@@ -149,6 +151,22 @@ def _apart(mean: NDArray[np.float64], spread: NDArray[np.float64], wanted: Momen
     scaled = np.square(np.log(np.maximum(spread, _TINY) / deviation))
     off = moved + np.minimum(scaled, _FAR)
     return float((variance * off).sum() / variance.sum())
+
+
+def _intervals(seen: Seen) -> Intervals:
+    chosen = {n: choose_interval(h, "percentile", _PERCENTILE) for n, h in seen.items()}
+    return {name: Range(*pair, *pair) for name, pair in chosen.items()}
+
+
+def distance_of_moments(first: Seen, second: Seen) -> float:
+    """Mean over values of (m - m')² / (s² + s'²) + ln²(s / s'), 9 at most for the deviations."""
+    found = []
+    for name in sorted(first.keys() & second.keys()):
+        (mean, spread), (other, wide) = first[name].moments, second[name].moments
+        spread, wide = max(spread, _TINY), max(wide, _TINY)
+        off = (mean - other) ** 2 / (spread**2 + wide**2)
+        found.append(off + min(math.log(spread / wide) ** 2, _FAR))
+    return float(np.mean(found)) if found else 0.0
 
 
 def combined(parts: Mapping[str, float]) -> float:

@@ -16,16 +16,18 @@ from octavo.ir.errors import CalibrationError, UnknownName, UsageError
 from octavo.ir.read import read
 from octavo.ir.synthetic import Synthetic
 from octavo.passes.evidence import Evidence
+from octavo.passes.histogram import Histogram
 from octavo.passes.input_laws import InputLaw
 from octavo.passes.pipeline import Pipeline
 from octavo.passes.synthesis import Synthesis
-from octavo.passes.trust import Truster, combined, covered, overlap
+from octavo.passes.trust import Truster, combined, covered, distance_of_moments, overlap
 
 if TYPE_CHECKING:
     from octavo.ir.model import Model
     from octavo.passes.base import PassContext
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
+FAST = 1e19
 QUICK = Synthesis(samples=16, batch=8, steps=12)
 
 ATTENTION = """
@@ -187,6 +189,14 @@ def test_optimisation_that_diverges_is_an_error_with_a_way_out(
     assert "uniform" in refused.value.hint
 
 
+def test_an_optimisation_that_began_again_says_so(mobile: Model, pass_context: PassContext) -> None:
+    """Steps of 1e19 overflow float32, smaller ones after that do not."""
+    found = replace(QUICK, samples=8, steps=3, rate=FAST).run(mobile, pass_context)
+    (note,) = found.notes
+    assert "not finite and began again" in note
+    assert all(np.isfinite(feed["input"]).all() for feed in found)
+
+
 def test_overlap_is_the_share_of_the_union() -> None:
     from octavo.ir.facts import Range
 
@@ -199,6 +209,16 @@ def test_overlap_is_the_share_of_the_union() -> None:
     assert covered(of(a=(2, 6)), of(a=(0, 4))) == pytest.approx(0.5)
     assert covered(of(a=(-9, 9)), of(a=(0, 4))) == 1.0
     assert combined({"a": 0.25, "b": 1.0, "certainty": 0.1}) == pytest.approx(0.5)
+
+
+def test_moments_are_apart_by_their_means_and_by_the_ratio_of_their_deviations() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal(200_000).astype(np.float32)
+    first, second, third = (Histogram.of(x) for x in (values, 3 * values, values + 2))
+    assert distance_of_moments({"a": first}, {"a": first}) == 0
+    apart = distance_of_moments({"a": first, "b": first}, {"a": second, "b": third, "c": first})
+    # Half of ln(3)² and of 2² / (1 + 1), up to the draw and the width of bins.
+    assert apart == pytest.approx((np.log(3) ** 2 + 2) / 2, rel=0.01)
 
 
 def test_trust_falls_where_data_is_not_what_the_model_knows(
@@ -222,6 +242,10 @@ def test_real_samples_are_compared_with_from_four_on(
     made = Synthetic(({"input": real[:8]},), "synthetic-bn", (0,))
     truster = Truster(mobile, pass_context, {})
     same = truster.of(made, Synthetic(({"input": real[:8]},), "sampled", (0,)))
-    assert same.parts["real"] == 1.0
+    assert (same.parts["real"], same.parts["moments"]) == (1.0, 1.0)
+    moved = Synthetic(({"input": real[:8] * 0.1 + 2},), "synthetic-bn", (0,))
+    other = truster.of(moved, Synthetic(({"input": real[:8]},), "sampled", (0,)))
+    assert other.parts["moments"] < 0.7
+    assert other.value < same.value
     with pytest.raises(CalibrationError, match="3 real samples are too few"):
         truster.of(made, Synthetic(({"input": real[:3]},), "sampled", (0,)))

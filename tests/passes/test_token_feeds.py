@@ -13,10 +13,13 @@ import pytest
 
 from octavo.ir.errors import CalibrationError, UsageError
 from octavo.ir.read import read
+from octavo.ir.synthetic import Synthetic
 from octavo.ir.vocabulary import Vocabulary, read_vocabulary
 from octavo.passes.input_laws import InputLaw
+from octavo.passes.pipeline import Pipeline
 from octavo.passes.synthesis import Synthesis
 from octavo.passes.token_inputs import TokenInputs
+from octavo.passes.trust import Truster
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,6 +50,28 @@ DECODER = """
 <ir_version: 10, opset_import: ["" : 21]>
 decoder (int64[N, T] input_ids) => (float[N, T, 24] logits)
 <float[24, 24] next = {0}> { logits = Gather (next, input_ids) }
+"""
+# What a token says of its place depends on all others, a little.
+MASKED = """
+<ir_version: 10, opset_import: ["" : 21]>
+masked (int64[N, T] input_ids, int64[N, T] attention_mask) => (float[N, T, 24] logits)
+<float[24, 24] next = {0}, int64[1] last = {2}, int64[1] tokens = {1}> {
+    e = Gather (next, input_ids)
+    m = Cast <to = 1> (attention_mask)
+    u = Unsqueeze (m, last)
+    k = Mul (e, u)
+    a = ReduceMean (k, tokens)
+    logits = Add (e, a)
+}
+"""
+NORMED = """
+<ir_version: 10, opset_import: ["" : 21]>
+normed (int64[N, T] input_ids) => (float[N, T, 4] y)
+<float[24, 4] table = {0}, float[4] gain = {0}, float[4] shift = {0}, float[4, 4] w = {0}> {
+    e = Gather (table, input_ids)
+    n = LayerNormalization (e, gain, shift)
+    y = MatMul (n, w)
+}
 """
 # The cache holds the ids seen so far; a token's successor is as far on as the cache is long.
 CACHED = """
@@ -130,6 +155,43 @@ def test_ranked_words_begin_with_the_frequent_ones(pass_context: PassContext) ->
     expected = 1 / (np.arange(ROWS - 4) + 2.7)
     np.testing.assert_allclose(counts["ranked"], expected / expected.sum(), atol=0.03)
     np.testing.assert_allclose(counts["uniform"], 1 / (ROWS - 4), atol=0.03)
+
+
+def test_words_are_as_frequent_as_their_embeddings_are_long(pass_context: PassContext) -> None:
+    table = np.random.default_rng(1).standard_normal((ROWS, 4)) * np.arange(ROWS)[:, None]
+    how = replace(HOW, samples=600, vocabulary=_vocabulary(), prior="norm")
+    data = how.run(_model(ENCODER, table=table), pass_context)
+    ids = np.concatenate([feed["input_ids"].reshape(-1) for feed in data.feeds])
+    words, norms = np.bincount(ids, minlength=ROWS)[4:], np.linalg.norm(table[4:], axis=1)
+    np.testing.assert_allclose(words / words.sum(), norms / norms.sum(), atol=0.02)
+
+
+def test_a_masked_head_rewrites_the_words_it_is_asked_for(pass_context: PassContext) -> None:
+    """What the mask stands for is token 7 here; frames and padding stay as they were."""
+    logits = np.random.default_rng(0).standard_normal((ROWS, ROWS))
+    logits[3, 7] = 60.0
+    how = replace(HOW, vocabulary=_vocabulary())
+    data = how.run(_model(MASKED, next=logits), pass_context)
+    assert data.origin == "sampled-text"
+    for feed in data.feeds:
+        for row, seen in zip(feed["input_ids"], feed["attention_mask"], strict=True):
+            length = int(seen.sum())
+            expected = [1, *[7] * (length - 2), 2, *[0] * (len(row) - length)]
+            np.testing.assert_array_equal(row, expected)
+
+
+def test_text_is_trusted_by_what_its_halves_and_the_norms_say(pass_context: PassContext) -> None:
+    """Words that the model was never trained on differ in their ranges; one word is no text."""
+    model = Pipeline.parse("canonicalize").run(_model(NORMED), pass_context).model
+    truster = Truster(model, pass_context, {})
+    trust = truster.of(replace(HOW, vocabulary=_vocabulary()).run(model, pass_context))
+    assert set(trust.parts) == {"seeds", "bounds"}
+    assert trust.parts["seeds"] > 0.8
+    same = np.full((8, 12), 5)
+    feeds = tuple({"input_ids": same + k} for k in (0, 9))
+    few = truster.of(Synthetic(feeds, "sampled-text", (0, 1)))
+    assert few.value < 0.8 * trust.value
+    assert few.parts["bounds"] < trust.parts["bounds"]
 
 
 def test_a_decoder_writes_what_its_logits_say(pass_context: PassContext) -> None:
