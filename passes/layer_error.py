@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, final
 
 import numpy as np
@@ -12,8 +15,8 @@ from octavo.ir.extract import extract
 from octavo.passes.activation_rounding import ActivationRounding
 from octavo.passes.estimate import Estimate
 from octavo.passes.offered_rounding import offered_roundings
+from octavo.passes.operand_walk import OperandWalk
 from octavo.passes.output_damage import OutputDamage, output_names, summary
-from octavo.passes.read_values import value_reader
 from octavo.passes.suffix import Flow
 
 if TYPE_CHECKING:
@@ -22,40 +25,41 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from octavo.ir.calibration import Batches, Feed
+    from octavo.ir.menu import Damage
     from octavo.ir.model import Model
     from octavo.passes.base import PassContext
     from octavo.passes.offered_rounding import OfferedRounding
     from octavo.passes.output_damage import Metric
 
-# What groups read is computed for as many groups at once as this much memory holds.
-_KEPT_BYTES = 96 << 20
-
 
 def layer_error(
-    model: Model, ctx: PassContext, batches: Batches, limit: int, metric: Metric
+    model: Model,
+    ctx: PassContext,
+    batches: Batches,
+    limit: int,
+    metric: Metric,
+    known: Mapping[str, Damage] = MappingProxyType({}),
 ) -> Estimate:
     """‖f(X, Ŵ) - f(X, W)‖² / ‖f(X, W)‖² of the nodes of a group, mean over samples.
 
     X is what the nodes read in the source. Outputs of several nodes count their sum.
     Activations that are quantized at run time are rounded as well (LampQ's layer error L(B),
-    arXiv 2511.10004; AdaQuant's objective, arXiv 2006.10518).
+    arXiv 2511.10004; AdaQuant's objective, arXiv 2006.10518). Trials with a `known` error do
+    not run.
     """
     flow = Flow(model)
     roundings = offered_roundings(model, ctx.target, ActivationRounding(ctx.evaluator))
-    layers = [_Layer.of(flow, rounding) for rounding in roundings.values() if rounding.trials]
+    layers = [_Layer.of(flow, r) for r in roundings.values() if r.trials.keys() - known.keys()]
     feeds = tuple(first_samples(batches, limit))
-    done = 0
-    for some in _packed(layers, _sizes(model, ctx, layers, feeds), len(feeds)):
-        for layer, fed in zip(some, _operands(model, ctx, some, feeds), strict=True):
-            layer.run(ctx, fed, [samples_of(feed) for feed in feeds])
-            done += 1
-            ctx.progress("layer error", done, len(layers))
+    counts = [samples_of(feed) for feed in feeds]
+    for done, (layer, fed) in enumerate(_fed(model, ctx, layers, feeds), start=1):
+        layer.run(ctx, fed, counts, known)
+        ctx.progress("layer error", done, len(layers))
     found = {
         key: summary(np.concatenate(rows)) for layer in layers for key, rows in layer.rows.items()
     }
-    by_group = {name: rounding.damages(found) for name, rounding in roundings.items()}
-    samples = sum(map(samples_of, feeds))
-    return Estimate(by_group, "normalised squared error of the layer's outputs", samples)
+    by_group = {name: r.damages({**known, **found}) for name, r in roundings.items()}
+    return Estimate(by_group, "normalised squared error of the layer's outputs", sum(counts))
 
 
 @final
@@ -77,13 +81,20 @@ class _Layer:
         model = extract(flow.model, (*boundary, *rounding.constants), outputs)
         return _Layer(model, rounding, boundary)
 
-    def run(self, ctx: PassContext, feeds: Sequence[Feed], counts: Sequence[int]) -> None:
+    def run(
+        self,
+        ctx: PassContext,
+        feeds: Sequence[Feed],
+        counts: Sequence[int],
+        known: Mapping[str, Damage],
+    ) -> None:
         """Add the errors of every trial on what the boundary holds for every feed."""
         run = ctx.evaluator.load(self.model)
         constants = self.rounding.constants
         damage = OutputDamage(dict.fromkeys(output_names(self.model), "values"))
         expected = [run({**fed, **constants}) for fed in feeds]
-        for key, trial in self.rounding.trials.items():
+        for key in self.rounding.trials.keys() - known.keys():
+            trial = self.rounding.trials[key]
             weights = {**constants, **trial.weights()}
             self.rows[key] = [
                 damage.per_sample(truth, run({**fed, **weights, **trial.activations(fed)}), count)
@@ -91,36 +102,27 @@ class _Layer:
             ]
 
 
-def _sizes(
+def _fed(
     model: Model, ctx: PassContext, layers: Sequence[_Layer], feeds: Sequence[Feed]
-) -> list[int]:
-    """Bytes of what every layer reads of the first feed."""
-    operands = _operands(model, ctx, layers, feeds[:1])
-    return [sum(array.nbytes for array in fed[0].values()) for fed in operands]
-
-
-def _packed(layers: Sequence[_Layer], sizes: Sequence[int], feeds: int) -> Iterator[list[_Layer]]:
-    """The layers in their order, as many at a time as memory allows."""
-    some: list[_Layer] = []
-    total = 0
-    for layer, size in zip(layers, sizes, strict=True):
-        if some and total + size * feeds > _KEPT_BYTES:
-            yield some
-            some, total = [], 0
-        some.append(layer)
-        total += size * feeds
-    if some:
-        yield some
-
-
-def _operands(
-    model: Model, ctx: PassContext, layers: Sequence[_Layer], feeds: Sequence[Feed]
-) -> list[list[Feed]]:
-    """What every layer reads of every feed."""
-    read = value_reader(model, ctx.evaluator, (n for layer in layers for n in layer.boundary))
-    found: list[list[Feed]] = [[] for _ in layers]
-    for feed in feeds:
-        known = read(feed)
-        for layer, fed in zip(layers, found, strict=True):
-            fed.append({name: known[name] for name in layer.boundary})
-    return found
+) -> Iterator[tuple[_Layer, list[Feed]]]:
+    """Every layer with what it reads of every feed; the model runs once, from layer to layer."""
+    place = {v.name or "": at for at, node in enumerate(model.graph) for v in node.outputs}
+    ready = {
+        id(layer): max((place.get(n, -1) for n in layer.boundary), default=-1) for layer in layers
+    }
+    ordered = sorted(layers, key=lambda layer: ready[id(layer)])
+    last = {name: layer for layer in ordered for name in layer.boundary}
+    names = sorted(last, key=lambda name: place.get(name, -1))
+    walk = OperandWalk.of(model, ctx, feeds, names)
+    waiting, alive, needed = deque(names), set[str](), set(names)
+    for layer in ordered:
+        while waiting and place.get(waiting[0], -1) <= ready[id(layer)]:
+            walk.reach(waiting[0])
+            alive.add(waiting.popleft())
+        count = range(len(feeds))
+        yield layer, [{n: walk.walk.read(at, n) for n in layer.boundary} for at in count]
+        needed -= {name for name in layer.boundary if last[name] is layer}
+        for name in sorted(alive & walk.by_value.keys()):
+            if not needed & {*walk.by_value[name].drops, name}:
+                walk.leave(name)
+                alive.remove(name)

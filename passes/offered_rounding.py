@@ -46,6 +46,10 @@ class Trial:
     weights: Callable[[], Values] = _nothing
     activations: Callable[[Mapping[str, Array]], Values] = _nothing
 
+    @property
+    def rounds_weights(self) -> bool:
+        return self.weights is not _nothing
+
 
 def static_trial(name: str, found: Range, activations: ActivationRounding) -> Trial:
     """A value on the grid of its calibrated range."""
@@ -69,6 +73,11 @@ class OfferedRounding:
         """The activations that the nodes read as operands, each once."""
         read = (n.inputs[0] for n in self.nodes if _constant(n.inputs[0]) is None)
         return list(dict.fromkeys(v for v in read if v is not None))
+
+    @property
+    def inputs(self) -> list[tuple[onnx_ir.Node, int, onnx_ir.Value]]:
+        """Every weight of the nodes: its reader, the index of the input, the value read."""
+        return [(node, *found) for node in self.nodes for found in self._indexed(node)]
 
     @property
     def constants(self) -> Values:

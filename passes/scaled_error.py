@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from octavo.ir.menu import Damage, Menu
+from octavo.passes.activation_rounding import ActivationRounding
 from octavo.passes.estimate import Estimate
 from octavo.passes.layer_error import layer_error
+from octavo.passes.moment_error import moment_errors
+from octavo.passes.offered_rounding import offered_roundings
 from octavo.passes.output_damage import OutputDamage
 from octavo.passes.sample_macs import affordable_samples, sample_macs
 from octavo.passes.type_scale import measured_offers, spread, weight_bits
@@ -33,12 +36,16 @@ def scaled_error(
 ) -> Estimate:
     """α times the layer error of every offer, run-time activations included.
 
+    Where the moments of what weights multiply are known, errors of weights follow from them.
+
     α is damage over layer error, measured on at most five layers of every role at 4 bits and
     interpolated between them, in its logarithm, by the place of a layer among those of its role.
     A large model runs on fewer samples than `limit`.
     """
     limit = few_samples(model, ctx, batches, limit)
-    errors = layer_error(model, ctx, batches, limit, metric)
+    roundings = offered_roundings(model, ctx.target, ActivationRounding(ctx.evaluator))
+    known = moment_errors(model, ctx, roundings)
+    errors = layer_error(model, ctx, batches, limit, metric, known)
     groups = model.fact(Menu).groups
     anchors = {n: offer for n, of in model.fact(Menu).offers.items() if (offer := _anchor(of))}
     by_role: dict[str, list[str]] = defaultdict(list)
