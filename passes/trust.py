@@ -39,6 +39,8 @@ _REACH = 4.0
 _HALF_DISTANCE = 0.1
 _FEWEST_REAL = 4
 _TINY = 1e-6
+# Of a bound; a value that shows none of it counts as this much.
+_LEAST_SHARE = 0.01
 # A dead channel is this far from any other.
 _FAR = 9.0
 
@@ -176,13 +178,17 @@ def combined(parts: Mapping[str, float]) -> float:
 
 
 def covered(ranges: Intervals, bounds: Intervals) -> float:
-    """Mean share of a bound that lies in the range of the same value."""
-    shares = []
+    """Geometric mean over values of the share of a bound that lies in the value's range.
+
+    What a range leaves out is clipped, and one value that is mostly clipped ruins a model.
+    """
+    logs = []
     for name in sorted(ranges.keys() & bounds.keys()):
         a, b = ranges[name], bounds[name]
-        both = min(a.high, b.high) - max(a.low, b.low)
-        shares.append(max(both, 0.0) / (b.high - b.low) if b.high > b.low else 1.0)
-    return float(np.mean(shares)) if shares else 0.0
+        both = max(min(a.high, b.high) - max(a.low, b.low), 0.0)
+        share = both / (b.high - b.low) if b.high > b.low else 1.0
+        logs.append(math.log(max(share, _LEAST_SHARE)))
+    return math.exp(sum(logs) / len(logs)) if logs else 0.0
 
 
 def overlap(first: Intervals, second: Intervals) -> float:

@@ -84,6 +84,10 @@ DOUBTFUL: Mapping[str, Change] = {
     "noise": _noise("normal(0,1)"),
     "loud noise": _noise("normal(0,4)"),
     "faint noise": _noise("normal(0,0.2)"),
+    "thunder": _noise("normal(0,16)"),
+    "next to nothing": _noise("normal(0,0.05)"),
+    "bright noise": _noise("normal(3,1)"),
+    "half noise": _noise("normal(0,0.5)"),
 }
 # Most that a score may lose against real data, by model and bits of the weights.
 GOALS: Mapping[tuple[str, int], float] = {
