@@ -11,7 +11,7 @@ from octavo.backends import ort_layout as layout
 from octavo.backends import ort_rewrites as rewrites
 from octavo.backends.ort_levels import store_levels
 from octavo.backends.ort_packing import behind, halve_constant
-from octavo.backends.ort_target import MICROSOFT, ORT_CPU
+from octavo.backends.ort_target import MICROSOFT, ORT_CPU, TARGETS
 from octavo.ir.artifact import Artifact, PlannedNode
 from octavo.ir.errors import UsageError
 from octavo.ir.facts import Choice, HalfConstants, Placement, Plan, Portable
@@ -24,7 +24,7 @@ from octavo.ir.write import write
 if TYPE_CHECKING:
     import onnx_ir
 
-    from octavo.ir.target import KernelRow
+    from octavo.ir.target import KernelRow, Target
 
     Form = Callable[[onnx_ir.Graph, onnx_ir.Node], None]
 
@@ -35,14 +35,30 @@ def lower(model: Model, path: Path, target: str = ORT_CPU.name) -> Artifact:
     Raises UsageError for a weight that the planned kernel cannot read, VerificationFailed when the
     result is not well-formed.
     """
-    _check_weights(model)
+    described = TARGETS[target]
+    check_weights(model, described)
     own = model.clone()
     explicit = rewrite(own)
-    planned = tuple(_planned(model, own, explicit))
+    return write_lowered(model, own, explicit, path, described, _session_options(model))
+
+
+def write_lowered(
+    model: Model,
+    own: Model,
+    explicit: Mapping[str, str],
+    path: Path,
+    target: Target,
+    session_options: Mapping[str, str],
+) -> Artifact:
+    """Write what `rewrite` made of a clone `own` of the planned model, and say what became of it.
+
+    Raises VerificationFailed when the result is not well-formed.
+    """
+    planned = tuple(_planned(model, own, explicit, target))
     _strip(own)
-    verify(own, after_pass=f"lowering to {target}")
+    verify(own, after_pass=f"lowering to {target.name}")
     write(own, path)
-    return Artifact(path, target, planned, _session_options(model))
+    return Artifact(path, target.name, planned, session_options)
 
 
 def _session_options(model: Model) -> dict[str, str]:
@@ -54,16 +70,18 @@ def _session_options(model: Model) -> dict[str, str]:
     return {"session.qdq_matmulnbits_accuracy_level": str(blocks.ACCURACY_LEVEL)} if fused else {}
 
 
-def _check_weights(model: Model) -> None:
-    """Refuse a plan whose weights the planned kernels cannot read."""
+def check_weights(model: Model, target: Target) -> None:
+    """Refuse a plan whose weights the planned kernels cannot read; raises UsageError."""
     plan = model.find(Plan) or Plan({}, "")
     for node in model.graph:
         choice = plan.by_node.get(node.name or "")
         if choice is None or choice.option.weight is None:
             continue
-        why = _row(node, choice).refusal(choice.option.weight)
+        row = _row(node, choice, target)
+        why = f"{target.name} has no {choice.option.method} kernel for {node.op_type}"
+        why = row.refusal(choice.option.weight) if row is not None else why
         if why:
-            message = f"no kernel of onnxruntime runs the option '{choice.option}'"
+            message = f"no kernel of {target.name} runs the option '{choice.option}'"
             raise UsageError(message, where=f"node '{node.name}'", why=why)
 
 
@@ -185,7 +203,9 @@ def _drop_unused(own: Model) -> None:
     own.graph.sort()
 
 
-def _planned(model: Model, lowered: Model, explicit: Mapping[str, str]) -> Iterator[PlannedNode]:
+def _planned(
+    model: Model, lowered: Model, explicit: Mapping[str, str], target: Target
+) -> Iterator[PlannedNode]:
     """One row per decision, and one per node that a decision's kernel absorbs."""
     plan = model.find(Plan) or Plan({}, "")
     placement = model.find(Placement) or Placement({}, {}, {})
@@ -199,7 +219,7 @@ def _planned(model: Model, lowered: Model, explicit: Mapping[str, str]) -> Itera
     for name, choice in plan.by_node.items():
         source = sources[name]
         moved = source.op_type in ("Resize", "DepthToSpace") and name in explicit
-        kernels = layout.KERNELS if moved else _kernels(source, choice)
+        kernels = layout.KERNELS if moved else _kernels(source, choice, target)
         stored, original = _weight_bytes(source, nodes.get(name))
         yield PlannedNode(
             name, source.op_type, str(choice.option), choice.reason, tails.get(name, ""),
@@ -214,20 +234,16 @@ def _planned(model: Model, lowered: Model, explicit: Mapping[str, str]) -> Itera
         yield PlannedNode(name, op_type, option, reason, tails[head], (), 0, 0, head)
 
 
-def _kernels(node: onnx_ir.Node, choice: Choice) -> tuple[str, ...]:
-    if choice.option.method in ("float", "storage"):
-        return ()
-    return _row(node, choice).kernels
+def _kernels(node: onnx_ir.Node, choice: Choice, target: Target) -> tuple[str, ...]:
+    row = _row(node, choice, target)
+    return row.kernels if row is not None and choice.option.method != "storage" else ()
 
 
-def _row(node: onnx_ir.Node, choice: Choice) -> KernelRow:
+def _row(node: onnx_ir.Node, choice: Choice, target: Target) -> KernelRow | None:
     """A row for a node that is quantized already: its conditions held when it was chosen."""
-    return next(
-        r
-        for r in ORT_CPU.rows
-        if (r.op_type, r.method) == (node.op_type, choice.option.method)
-        and bool(r.weights) == (choice.option.weight is not None)
-    )
+    wanted = (node.op_type, choice.option.method)
+    rows = (r for r in target.rows if (r.op_type, r.method) == wanted)
+    return next((r for r in rows if bool(r.weights) == (choice.option.weight is not None)), None)
 
 
 def _weight_bytes(source: onnx_ir.Node, lowered: onnx_ir.Node | None) -> tuple[int, int]:

@@ -8,13 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from octavo.backends import ort_target, trt_target
+from octavo.backends import ort_target, ov_target, trt_target
 
 if TYPE_CHECKING:
     from octavo.ir.backend import Backend
     from octavo.ir.target import Target
 
-TARGETS: Mapping[str, Target] = {**ort_target.TARGETS, **trt_target.TARGETS}
+TARGETS: Mapping[str, Target] = {
+    **ort_target.TARGETS,
+    **ov_target.TARGETS,
+    **trt_target.TARGETS,
+}
 
 
 def backend(name: str) -> Backend:
@@ -28,6 +32,12 @@ def _ort(target: Target) -> Backend:
     return OrtBackend(target)
 
 
+def _openvino(target: Target) -> Backend:
+    from octavo.backends.ov_backend import OpenVinoBackend
+
+    return OpenVinoBackend(target)
+
+
 def _tensorrt(target: Target) -> Backend:
     from octavo.backends.trt_backend import TensorRtBackend
 
@@ -36,5 +46,6 @@ def _tensorrt(target: Target) -> Backend:
 
 _MAKERS: Mapping[str, Callable[[Target], Backend]] = {
     **dict.fromkeys(ort_target.TARGETS, _ort),
+    **dict.fromkeys(ov_target.TARGETS, _openvino),
     **dict.fromkeys(trt_target.TARGETS, _tensorrt),
 }

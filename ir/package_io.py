@@ -68,8 +68,8 @@ def read_package(folder: Path) -> Package:
         if content.pop("format") != _FORMAT:
             message = f'it does not say "format": "{_FORMAT}"'
             raise ValueError(message)
-        tensors = {role: _tensors(content.pop(role)) for role in ("inputs", "outputs")}
-        return Package(**content, **tensors)
+        inputs, outputs = (_tensors(content.pop(role)) for role in ("inputs", "outputs"))
+        return Package(**content, inputs=inputs, outputs=outputs)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         why = f"{type(error).__name__}: {error}"
         raise VerificationFailed(f"{PACKAGE} is damaged", where=str(path), why=why) from None

@@ -99,7 +99,8 @@ class Target:
     """A device and runtime as data; `never` holds the reasons for operators that stay float.
 
     `ties` says which nodes get one decision together: readers of one weight, projections of one
-    input, operands of one sum, operands of one Concat. `half_scales` says that every scale is
+    input, operands of one sum, operands of one Concat. `unsigned_where_positive` gives signed
+    activations that are never negative unsigned codes. `half_scales` says that every scale is
     stored as float16, `zero_points` that kernels of blocks take one beside few bits. A sum fuses
     into the kernel of an operand that one of `fused_sums` makes for it alone, which then needs no
     quantizer; `fused_quantizers` run inside the kernel in front of them. `features` are what the
@@ -116,6 +117,7 @@ class Target:
     ir_version: int
     never: tuple[tuple[str, str], ...] = ()
     ties: tuple[Tie, ...] = ("weight", "input")
+    unsigned_where_positive: bool = False
     half_scales: bool = False
     zero_points: bool = True
     fused_sums: tuple[str, ...] = ()

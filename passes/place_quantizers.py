@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, final
 
 import networkx as nx
 
-from octavo.ir.facts import Fact, Placement, Plan, Ranges, Site
+from octavo.ir.facts import Fact, Placement, Plan, Range, Ranges, Site
 from octavo.ir.quant import QuantSpec
 from octavo.passes.base import Pass, Statistic
 from octavo.passes.chains import find_chains
@@ -60,6 +60,8 @@ class PlaceQuantizers(Pass):
         for chain in static.values():
             draft.constrain(chain)
         draft.share(static.values(), model.find(Ranges))
+        if ctx.target.unsigned_where_positive:
+            draft.unsign(model.find(Ranges))
         consumers = _consumers(model, draft.sites, static)
         fused = {m.name or "": c.head.name or "" for c in static.values() for m in c.members[1:]}
         ctx.count("quantizers", len(draft.sites))
@@ -121,6 +123,15 @@ class _Draft:
                     fixed=next((s.fixed for s in sites if s.fixed), None),
                 )
 
+    def unsign(self, ranges: Ranges | None) -> None:
+        """Give groups that hold no negative value all codes above zero."""
+        known = ranges.by_value if ranges is not None else {}
+        below = {s.group for s in self.sites.values() if _negative(s, known.get(s.value))}
+        for name, site in self.sites.items():
+            if site.group not in below:
+                spec = replace(site.spec, dtype="u8", symmetric=False)
+                self.sites[name] = replace(site, spec=spec)
+
     def _alike(self, names: list[str], ranges: Ranges) -> list[str]:
         """Operands of a Concat whose grid may be its output's: then their codes are copied.
 
@@ -145,6 +156,13 @@ class _Draft:
             spec = QuantSpec("s8" if signed else "u8", symmetric=signed)
             spec = replace(spec, half_scales=self.half_scales)
             self.sites[name] = Site(name, spec, name)
+
+
+def _negative(site: Site, known: Range | None) -> bool:
+    """Whether a value that is quantized may be below zero."""
+    if site.fixed is not None:
+        return site.fixed[0] < 0
+    return not site.nonnegative and (known is None or known.low < 0)
 
 
 def _consumers(
