@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
 
 import numpy as np
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from octavo.passes.base import PassContext
     from octavo.passes.offered_rounding import OfferedRounding
 
+    Array = NDArray[np.generic]
     Float32 = NDArray[np.float32]
 
 # So many rows of a weight tell its error.
@@ -41,10 +43,13 @@ def moment_errors(
         return {}
 
     def errors(rounding: OfferedRounding) -> dict[str, Damage]:
-        layers = [_Layer(node, k, v.name or "", moments) for node, k, v in rounding.inputs]
         constants = rounding.constants
+        layers = [
+            _Layer.of(node, index, value.name or "", constants, moments)
+            for node, index, value in rounding.inputs
+        ]
         return {
-            key: Damage(sum(layer.error(constants, trial.weights()) for layer in layers))
+            key: Damage(sum(layer.error(trial.weights()) for layer in layers))
             for key, trial in rounding.trials.items()
             if trial.rounds_weights
         }
@@ -56,28 +61,38 @@ def moment_errors(
     return found
 
 
+@final
+@dataclass(frozen=True)
 class _Layer:
-    """One weight of a group with C, `None` where nobody knows it."""
+    """Rows `[groups, n, K]` of a weight of a group with C, or the weight where no C is known."""
 
-    def __init__(self, node: onnx_ir.Node, index: int, name: str, moments: Moments) -> None:
-        moment = moments.of(node.name or "", index)
-        self.name = name
-        self.matrix = WeightMatrix.of(node, index) if moment is not None else None
-        self.second = moment.measured() if moment is not None else None
+    name: str
+    rows: Float32
+    matrix: WeightMatrix | None = None
+    second: Float32 | None = None
 
-    def error(
-        self, wanted: Mapping[str, NDArray[np.generic]], given: Mapping[str, object]
-    ) -> float:
-        real = np.asarray(wanted[self.name], np.float32)
-        rounded = np.asarray(given.get(self.name, real), np.float32)
+    @staticmethod
+    def of(
+        node: onnx_ir.Node, index: int, name: str, constants: Mapping[str, Array], moments: Moments
+    ) -> _Layer:
+        weight, moment = constants[name], moments.of(node.name or "", index)
+        if moment is None:
+            return _Layer(name, np.asarray(weight, np.float32))
+        matrix = WeightMatrix.of(node, index)
+        return _Layer(name, matrix.some_rows(weight, _ROWS), matrix, moment.measured())
+
+    def error(self, weights: Mapping[str, Array]) -> float:
+        """The relative error of what is left of the weight."""
+        if self.name not in weights:
+            return 0.0
+        left = weights[self.name]
         if self.matrix is None or self.second is None:
-            power = float(np.vdot(real, real))
-            return float(np.vdot(real - rounded, real - rounded)) / power if power else 0.0
-        rows, left = self._some(real), self._some(rounded)
-        power = output_error(rows, None, self.second)
-        return output_error(rows, left, self.second) / power if power else 0.0
+            moved = self.rows - np.asarray(left, np.float32)
+            return _ratio(float(np.vdot(moved, moved)), float(np.vdot(self.rows, self.rows)))
+        rows = self.matrix.some_rows(left, _ROWS)
+        error = output_error(self.rows, rows, self.second)
+        return _ratio(error, output_error(self.rows, None, self.second))
 
-    def _some(self, weight: Float32) -> Float32:
-        assert self.matrix is not None
-        rows = self.matrix.rows(weight)
-        return rows[:, :: -(-rows.shape[1] // _ROWS)]
+
+def _ratio(error: float, power: float) -> float:
+    return error / power if power > 0 else 0.0

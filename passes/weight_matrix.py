@@ -125,6 +125,14 @@ class WeightMatrix:
         shape = (self.groups, self.rows_per_group, self.width)
         return np.ascontiguousarray(turned, np.float32).reshape(shape)
 
+    def some_rows(self, array: Array, most: int) -> Float32:
+        """About `most` rows of every group, evenly spread; others are not copied."""
+        every = max(1, self.rows_per_group // most)
+        if every == 1 or self.groups > 1 or len(self.row_axes) > 1:
+            return self.rows(array)[:, ::every]
+        turned = array.transpose(*self.row_axes, *self.column_axes)[::every]
+        return np.ascontiguousarray(turned, np.float32).reshape(1, len(turned), self.width)
+
     def restore(self, rows: NDArray[np.floating]) -> Float32:
         """`[groups, N, K]` as the constant."""
         order = (*self.row_axes, *self.column_axes)
