@@ -105,17 +105,19 @@ class ChooseKernels(Pass):
         reason = support.reason if support.row is None else "no calibrated range"
         reason = "slower as an integer kernel here" if candidate else reason
         stored = ctx.target.support(node, "storage").row
+        blocks = ctx.target.support(node, "weight-only").row if self.weight_only else None
+        packed = stored or blocks
         seconds = self._seconds(node, ctx, total)
-        if stored is None or not _worth_storing(node, stored):
-            small = f"{reason}; too few weights to shrink" if stored else reason
-            return Choice(FLOAT, small, _named(seconds)) if stored or candidate else None
+        if packed is None or not _worth_storing(node, packed):
+            small = f"{reason}; too few weights to shrink" if packed else reason
+            return Choice(FLOAT, small, _named(seconds)) if packed or candidate else None
         method = min(seconds, key=lambda m: seconds[m])
         if self._embeds_in_blocks(node, ctx):
             method, reason = "weight-only", "few bits in blocks, as a head that is tied to it reads"
         row = ctx.target.support(node, method).row if method != "float" else None
         if row is not None:
             return Choice(self._option(row, node, method, ctx), reason, _named(seconds))
-        if not self.storage:
+        if stored is None or not self.storage:
             return Choice(FLOAT, reason, _named(seconds))
         return Choice(self._option(stored, node, "storage", ctx), reason, _named(seconds))
 

@@ -1,0 +1,227 @@
+"""Files lowered for TensorRT against the float and fake-quantized graphs, and its rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.numpy_helper
+import onnx.parser
+import pytest
+
+from octavo.backends import trt_rtx
+from octavo.backends.ort_lowering import lower as lower_for_ort
+from octavo.backends.ort_session import OrtEvaluator, make_session
+from octavo.backends.trt_check import check
+from octavo.backends.trt_lowering import lower
+from octavo.backends.trt_rules import broken_rules
+from octavo.backends.trt_target import TARGETS
+from octavo.ir.calibration import Feed
+from octavo.ir.cost import AnalyticCost
+from octavo.ir.errors import UsageError
+from octavo.ir.model import Model
+from octavo.ir.read import read
+from octavo.models import shipped
+from octavo.passes.base import PassContext
+from octavo.passes.pipeline import Pipeline
+
+_SM86 = TARGETS["tensorrt-sm86"]
+_INT8 = "canonicalize,calibrate{method=minmax},choose-kernels,place-quantizers,insert-fake-quant"
+_INT4 = "canonicalize,choose-kernels{weight-only=true,bits=4,block-size=64},insert-fake-quant"
+# Largest relative error that one code more or less may leave, on noise as inputs.
+_NETWORKS = {"fashion-resnet": 0.02, "fashion-mobile": 0.08, "fashion-vit": 0.02,
+             "fashion-lstm": 0.004}  # fmt: skip
+Calibrated = Callable[..., PassContext]
+Feeds = Callable[..., Feed]
+
+
+@pytest.fixture
+def context(calibrated: Calibrated) -> Callable[[Model], PassContext]:
+    def of(model: Model) -> PassContext:
+        return replace(calibrated(model), target=_SM86, cost=AnalyticCost(_SM86))
+
+    return of
+
+
+def _random(text: str) -> Model:
+    proto = onnx.parser.parse_model(text)
+    rng = np.random.default_rng(1)
+    for tensor in proto.graph.initializer:
+        if len(tensor.dims) > 1:
+            array = rng.standard_normal(tuple(tensor.dims)).astype(np.float32) * 0.2
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    return read(proto)
+
+
+def _error(actual: Feed, expected: Feed) -> float:
+    """The largest relative error of an output, in the norm."""
+    pairs = [(actual[name].astype(np.float64), truth) for name, truth in expected.items()]
+    return max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs)
+
+
+@pytest.mark.parametrize("name", _NETWORKS)
+def test_a_file_computes_what_the_planned_graph_does(
+    name: str, tmp_path: Path, context: Callable[[Model], PassContext], feed_of: Feeds
+) -> None:
+    source = read(shipped(name))
+    ctx = context(source)
+    planned = Pipeline.parse(_INT8).run(source, ctx).model
+    artifact = lower(planned, tmp_path / "model.onnx", _SM86)
+    feed = feed_of(source, 9)
+    expected = OrtEvaluator(threads=1).run(planned, feed)
+    actual = make_session(artifact.path, threads=1).run(feed)
+    # Float16 has 11 bits; a few codes of the integer layers move by one step.
+    assert _error(actual, expected) < _NETWORKS[name]
+    assert [a.dtype for a in actual.values()] == [e.dtype for e in expected.values()]
+    assert broken_rules(artifact.path, _SM86) == []
+
+
+def test_int4_weights_are_native_and_blocked_along_the_sum(
+    tmp_path: Path, context: Callable[[Model], PassContext], feed_of: Feeds
+) -> None:
+    source = _random("""<ir_version: 10, opset_import: ["" : 21]>
+        g (float[N,128] x) => (float[N,64] y) <float[128,192] a = {0}, float[64,192] b = {0}> {
+            [first] h = MatMul (x, a) [relu] r = Relu (h)
+            [second] y = Gemm <transB: int = 1> (r, b)
+        }""")
+    planned = Pipeline.parse(_INT4).run(source, context(source)).model
+    artifact = lower(planned, tmp_path / "model.onnx", _SM86)
+    graph = onnx.load(artifact.path).graph
+    types = {t.name: t for t in graph.initializer}
+    found = {}
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear":
+            codes, scale = types[node.input[0]], types[node.input[1]]
+            attributes = {a.name: a.i for a in node.attribute}
+            found[tuple(codes.dims)] = (attributes, tuple(scale.dims))
+            assert codes.data_type == onnx.TensorProto.INT4
+            assert scale.data_type == onnx.TensorProto.FLOAT16
+    assert found == {
+        (128, 192): ({"axis": 0, "block_size": 64}, (2, 192)),
+        (64, 192): ({"axis": 1, "block_size": 64}, (64, 3)),
+    }
+    feed = feed_of(source, 3)
+    expected = OrtEvaluator(threads=1).run(planned, feed)
+    assert _error(make_session(artifact.path, threads=1).run(feed), expected) < 0.002
+    assert broken_rules(artifact.path, _SM86) == []
+
+
+def test_shortcuts_are_quantized_and_outputs_of_convolutions_are_not(
+    tmp_path: Path, context: Callable[[Model], PassContext]
+) -> None:
+    source = read(shipped("fashion-resnet"))
+    planned = Pipeline.parse(_INT8).run(source, context(source)).model
+    graph = onnx.load(lower(planned, tmp_path / "model.onnx", _SM86).path).graph
+    made = {name: node for node in graph.node for name in node.output}
+    adds = [node for node in graph.node if node.op_type == "Add"]
+    assert len(adds) == 3
+    for add in adds:
+        assert sorted(made[name].op_type for name in add.input) == ["Conv", "DequantizeLinear"]
+    for node in graph.node:
+        if node.op_type == "Conv":
+            inputs = [made[name].op_type for name in node.input[:2] if name in made]
+            assert inputs == ["DequantizeLinear", "DequantizeLinear"]
+
+
+def test_operands_of_a_concat_share_one_scale(
+    tmp_path: Path, context: Callable[[Model], PassContext]
+) -> None:
+    source = _random("""<ir_version: 10, opset_import: ["" : 21]>
+        g (float[N,8,8,8] x) => (float[N,4,8,8] y)
+        <float[8,8,1,1] a = {0}, float[8,8,1,1] b = {0}, float[4,16,1,1] c = {0}> {
+            [left] l = Conv (x, a) [right] r = Conv (x, b) [twice] s = Add (r, r)
+            [join] j = Concat <axis: int = 1> (l, s) [last] y = Conv (j, c)
+        }""")
+    planned = Pipeline.parse(_INT8).run(source, context(source)).model
+    graph = onnx.load(lower(planned, tmp_path / "model.onnx", _SM86).path).graph
+    made = {name: node for node in graph.node for name in node.output}
+    scales = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+    (concat,) = (node for node in graph.node if node.op_type == "Concat")
+    read_by = [made[name] for name in concat.input]
+    assert {node.op_type for node in read_by} == {"DequantizeLinear"}
+    assert len({scales[node.input[1]].item() for node in read_by}) == 1
+
+
+def test_everything_that_is_not_integer_is_float16(
+    tmp_path: Path, context: Callable[[Model], PassContext]
+) -> None:
+    source = read(shipped("fashion-vit"))
+    planned = Pipeline.parse(_INT8).run(source, context(source)).model
+    proto = onnx.load(lower(planned, tmp_path / "model.onnx", _SM86).path)
+    inferred = onnx.shape_inference.infer_shapes(proto, strict_mode=True).graph
+    types = {v.name: v.type.tensor_type.elem_type for v in inferred.value_info}
+    types |= {t.name: t.data_type for t in inferred.initializer}
+    wide = {
+        node.op_type
+        for node in inferred.node
+        if any(types.get(name) == onnx.TensorProto.FLOAT for name in node.output)
+    }
+    assert wide == {"Cast", "LayerNormalization", "Softmax"}
+    for node in inferred.node:
+        if node.op_type in ("Conv", "Gemm", "MatMul", "Gelu", "Add"):
+            given = {types[name] for name in node.input if name in types}
+            assert given == {onnx.TensorProto.FLOAT16}
+
+
+def test_numbers_beyond_float16_stay_float32(tmp_path: Path) -> None:
+    source = _random("""<ir_version: 10, opset_import: ["" : 21]>
+        g (float[2,4] x) => (float[2,4] y) <float[4] large = {1e6, 1.0, 1.0, 1.0},
+        float low = {-3e38}, float tiny = {1e-9}> {
+            [scaled] s = Mul (x, large) [masked] m = Max (s, low) [safe] y = Add (m, tiny)
+        }""")
+    path = lower(source, tmp_path / "model.onnx", _SM86).path
+    feed = {"x": np.array([[0.5, 1, 2, 3], [-0.5, 1, 2, 3]], np.float32)}
+    (actual,) = make_session(path, threads=1).run({**feed, "x": feed["x"] * 1e-2}).values()
+    expected = feed["x"] * 1e-2 * np.array([1e6, 1, 1, 1])
+    np.testing.assert_allclose(actual, expected, rtol=2e-3)
+    ops = {n.name: n.op_type for n in onnx.load(path).graph.node}
+    assert "Cast" in ops.values()
+
+
+def test_a_plan_for_another_target_is_refused(tmp_path: Path, calibrated: Calibrated) -> None:
+    source = read(shipped("fashion-mobile"))
+    text = "canonicalize,choose-kernels{static=false,dynamic=false},insert-fake-quant"
+    planned = Pipeline.parse(text).run(source, calibrated(source)).model
+    assert lower_for_ort(planned, tmp_path / "ort.onnx").planned
+    with pytest.raises(UsageError, match="no kernel of tensorrt-sm86 runs the option 'storage"):
+        lower(planned, tmp_path / "model.onnx", _SM86)
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_the_same_model_gives_the_same_bytes(
+    tmp_path: Path, context: Callable[[Model], PassContext]
+) -> None:
+    source = read(shipped("fashion-mobile"))
+    planned = Pipeline.parse(_INT8).run(source, context(source)).model
+    contents = {lower(planned, tmp_path / f"{k}.onnx", _SM86).path.read_bytes() for k in range(2)}
+    assert len(contents) == 1
+
+
+def test_build_commands_name_every_dynamic_dimension(tmp_path: Path) -> None:
+    source = read(shipped("fashion-mobile"))
+    beside = lower(source, tmp_path / "model.onnx", _SM86).beside
+    compile(beside["build_engine.py"], "build_engine.py", "exec")
+    shell = beside["build_engine.sh"]
+    assert "'--onnx=model.onnx'" in shell
+    assert "'--minShapes=input:1x1x28x28'" in shell
+    assert "'--maxShapes=input:8x1x28x28'" in shell
+    assert "'--sparsity=enable'" in shell
+    # Flags that TensorRT 11 removed.
+    assert not {"--int8", "--fp16", "--best", "--calib"} & set(shell.split("'"))
+
+
+@pytest.mark.skipif(trt_rtx.version() is None, reason="no wheels of TensorRT for RTX")
+@pytest.mark.parametrize("target", ["tensorrt-sm80", "tensorrt-sm89", "tensorrt-sm120"])
+def test_lowered_files_compile_for_a_part(
+    target: str, tmp_path: Path, context: Callable[[Model], PassContext]
+) -> None:
+    source = read(shipped("fashion-mobile"))
+    planned = Pipeline.parse(_INT8).run(source, context(source)).model
+    artifact = lower(planned, tmp_path / "model.onnx", TARGETS[target])
+    found: Any = check(artifact.path, TARGETS[target])
+    assert found.findings == ()
+    assert any("built by TensorRT for RTX" in text for text in found.checked)

@@ -1,0 +1,296 @@
+"""Each rule of TensorRT on a file that breaks it, and the verdict of its own parser and builder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx.helper as oh
+import onnx.numpy_helper
+import pytest
+from numpy.typing import NDArray
+
+from octavo.backends import trt_rtx
+from octavo.backends.trt_commands import profiles
+from octavo.backends.trt_rules import broken_rules
+from octavo.backends.trt_target import PART_OF, TARGETS
+from octavo.ir.read_onnx import read_verbatim
+from octavo.models import shipped
+
+FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
+Array = NDArray[np.generic]
+needs_wheels = pytest.mark.skipif(
+    trt_rtx.version() is None, reason="the wheels of TensorRT for RTX are not installed"
+)
+
+
+class Net:
+    """A graph under construction; every node is called like its output."""
+
+    def __init__(self, rows: int = 4, columns: int = 128, opset: int = 21) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+        self.shape, self.opset = (rows, columns), opset
+        self.output, self.extra = "y", list[onnx.OperatorSetIdProto]()
+
+    def const(self, name: str, array: Array) -> str:
+        self.constants.append(onnx.numpy_helper.from_array(np.asarray(array), name))
+        return name
+
+    def add(self, op: str, inputs: list[str], out: str, domain: str = "", **attributes: int) -> str:
+        self.nodes.append(oh.make_node(op, inputs, [out], out, domain=domain, **attributes))
+        return out
+
+    def quantized(self, value: str, *, zero: object = np.int8(0), scale: object = 0.1) -> str:
+        """`value → Q → DQ` with float16 scales."""
+        half = np.asarray(scale, np.float16)
+        numbers = [self.const(f"{value}_s", half)]
+        zeros = np.broadcast_to(np.asarray(zero), half.shape)
+        numbers.append(self.const(f"{value}_z", np.ascontiguousarray(zeros)))
+        codes = self.add("QuantizeLinear", [value, *numbers], f"{value}_q")
+        return self.add("DequantizeLinear", [codes, *numbers], f"{value}_dq")
+
+    def weight(self, codes: Array, scale: object, **attributes: int) -> str:
+        """Codes of a weight in front of a DQ."""
+        inputs = [self.const("w", codes), self.const("w_s", np.asarray(scale, np.float16))]
+        return self.add("DequantizeLinear", inputs, "w_dq", **attributes)
+
+    def proto(self) -> onnx.ModelProto:
+        inputs = [oh.make_tensor_value_info("x", HALF, self.shape)]
+        outputs = [oh.make_tensor_value_info(self.output, HALF, None)]
+        graph = oh.make_graph(self.nodes, "net", inputs, outputs, self.constants)
+        opsets = [oh.make_opsetid("", self.opset), *self.extra]
+        return oh.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def _s8(*shape: int) -> Array:
+    return np.random.default_rng(0).integers(-127, 128, shape).astype(np.int8)
+
+
+def _s4(*shape: int) -> Array:
+    return np.random.default_rng(0).integers(-7, 8, shape).astype(ml_dtypes.int4)
+
+
+def _columns(size: int = 32) -> Array:
+    return np.full(size, 0.01, np.float16)
+
+
+def _linear(net: Net, activation: str, weight: str) -> Net:
+    net.add("MatMul", [activation, weight], "y")
+    return net
+
+
+def good() -> Net:
+    net = Net()
+    return _linear(net, net.quantized("x"), net.weight(_s8(128, 32), _columns(), axis=1))
+
+
+def weight_only_int4() -> Net:
+    net = Net()
+    scales = np.full((2, 32), 0.1, np.float16)
+    return _linear(net, "x", net.weight(_s4(128, 32), scales, axis=0, block_size=64))
+
+
+def unsigned() -> Net:
+    net = Net()
+    activation = net.quantized("x", zero=np.uint8(0))
+    return _linear(net, activation, net.weight(_s8(128, 32), _columns(), axis=1))
+
+
+def shifted() -> Net:
+    net = Net()
+    activation = net.quantized("x", zero=np.int8(3))
+    return _linear(net, activation, net.weight(_s8(128, 32), _columns(), axis=1))
+
+
+def zero_scale() -> Net:
+    net = Net()
+    activation = net.quantized("x", scale=0.0)
+    return _linear(net, activation, net.weight(_s8(128, 32), _columns(), axis=1))
+
+
+def int32_bias() -> Net:
+    net = good()
+    net.nodes[-1].output[0] = "m"
+    bias = np.arange(32, dtype=np.int32)
+    inputs = [net.const("b", bias), net.const("b_s", np.asarray(0.001, np.float16))]
+    net.add("Add", ["m", net.add("DequantizeLinear", inputs, "b_dq")], "y")
+    return net
+
+
+def int4_with_int8() -> Net:
+    net = Net()
+    scales = np.full((2, 32), 0.1, np.float16)
+    weight = net.weight(_s4(128, 32), scales, axis=0, block_size=64)
+    return _linear(net, net.quantized("x"), weight)
+
+
+def unsigned_int4() -> Net:
+    net = Net()
+    codes = np.abs(_s4(128, 32).astype(np.int8)).astype(ml_dtypes.uint4)
+    scales = np.full((2, 32), 0.1, np.float16)
+    return _linear(net, "x", net.weight(codes, scales, axis=0, block_size=64))
+
+
+def sixteen_bits() -> Net:
+    net = Net()
+    activation = net.quantized("x", zero=np.int16(0))
+    return _linear(net, activation, net.weight(_s8(128, 32), _columns(), axis=1))
+
+
+def unpacked() -> Net:
+    net = Net()
+    cast = net.add("Cast", [net.const("c", _s4(128, 32))], "w8", to=onnx.TensorProto.INT8)
+    inputs = [cast, net.const("w_s", _columns())]
+    return _linear(net, "x", net.add("DequantizeLinear", inputs, "w_dq", axis=1))
+
+
+def run_time_ranges() -> Net:
+    net = Net()
+    wide = net.add("Cast", ["x"], "wide", to=FLOAT)
+    net.nodes.append(
+        oh.make_node("DynamicQuantizeLinear", [wide], ["codes", "scale", "zero"], "dynamic")
+    )
+    inputs = ["codes", net.const("w", _s8(128, 32)), "zero"]
+    net.add("MatMulInteger", inputs, "sums")
+    net.add("Cast", ["sums"], "y", to=HALF)
+    return net
+
+
+def contrib() -> Net:
+    net = Net()
+    net.extra.append(oh.make_opsetid("com.microsoft", 1))
+    net.add("QuickGelu", ["x"], "y", domain="com.microsoft")
+    return net
+
+
+def fp8() -> Net:
+    net = Net()
+    zero = np.asarray(0, ml_dtypes.float8_e4m3fn)
+    codes = (_s8(128, 32).astype(np.float32) / 16).astype(ml_dtypes.float8_e4m3fn)
+    return _linear(net, net.quantized("x", zero=zero), net.weight(codes, 0.1))
+
+
+def new_opset() -> Net:
+    net = good()
+    net.opset = 26
+    return net
+
+
+def per_channel_activation() -> Net:
+    net = Net()
+    activation = net.quantized("x", scale=np.full(128, 0.1))
+    return _linear(net, activation, net.weight(_s8(128, 32), _columns(), axis=1))
+
+
+def wrong_axis() -> Net:
+    net = Net()
+    return _linear(net, net.quantized("x"), net.weight(_s8(128, 32), _columns(128), axis=0))
+
+
+def blocks_along_columns() -> Net:
+    net = Net()
+    scales = np.full((128, 1), 0.1, np.float16)
+    return _linear(net, "x", net.weight(_s4(128, 64), scales, axis=1, block_size=64))
+
+
+# What breaks which rules of sm86, and whether TensorRT for RTX refuses it as well.
+BROKEN: dict[Callable[[], Net], tuple[set[str], bool]] = {
+    good: (set(), False),
+    weight_only_int4: (set(), False),
+    # The parser warns and computes with signed codes: a finding, not a refusal.
+    unsigned: ({"uint8"}, True),
+    shifted: ({"zero-point"}, True),
+    zero_scale: ({"scale"}, True),
+    int32_bias: ({"bias"}, True),
+    unsigned_int4: ({"type"}, True),
+    sixteen_bits: ({"type"}, True),
+    unpacked: ({"unpacked"}, True),
+    run_time_ranges: ({"operator"}, True),
+    contrib: ({"operator"}, True),
+    fp8: ({"part"}, True),
+    # The documents forbid what RTX builds.
+    int4_with_int8: ({"w4a8"}, False),
+    new_opset: ({"opset"}, False),
+    per_channel_activation: ({"activation-scales"}, False),
+    wrong_axis: ({"weight-axis"}, False),
+    blocks_along_columns: ({"blocks"}, False),
+}
+_SM86 = TARGETS["tensorrt-sm86"]
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Callable[[Net], Path]:
+    def write(net: Net) -> Path:
+        onnx.save(net.proto(), tmp_path / "net.onnx")
+        return tmp_path / "net.onnx"
+
+    return write
+
+
+@pytest.mark.parametrize("make", BROKEN, ids=lambda make: make.__name__)
+def test_a_broken_rule_is_found_and_named(
+    make: Callable[[], Net], written: Callable[[Net], Path]
+) -> None:
+    found = broken_rules(written(make()), _SM86)
+    assert {f.rule for f in found if f.error} == BROKEN[make][0]
+    for finding in found:
+        assert finding.reason
+        assert finding.fix
+
+
+@needs_wheels
+@pytest.mark.parametrize("make", BROKEN, ids=lambda make: make.__name__)
+def test_the_rules_find_what_the_builder_refuses(
+    make: Callable[[], Net], written: Callable[[Net], Path]
+) -> None:
+    path = written(make())
+    found = trt_rtx.build(path, PART_OF["tensorrt-sm86"], profiles(read_verbatim(path)))
+    assert bool(found) == BROKEN[make][1], found
+
+
+def test_a_part_decides_about_its_formats(written: Callable[[Net], Path]) -> None:
+    path = written(fp8())
+    rules = {name: {f.rule for f in broken_rules(path, TARGETS[name])} for name in TARGETS}
+    without = {name for name, found in rules.items() if "part" in found}
+    assert without == {"tensorrt", "tensorrt-sm80", "tensorrt-sm86"}
+
+
+def test_float32_is_advice_with_the_number_of_nodes() -> None:
+    path = shipped("fashion-mobile")
+    (found,) = broken_rules(path, _SM86)
+    weighted = sum(node.op_type in ("Conv", "Gemm") for node in onnx.load(path).graph.node)
+    assert (found.rule, found.error) == ("float32", False)
+    assert f"so are {weighted - 1} more" in found.reason
+
+
+def test_a_sparse_initializer_is_found(tmp_path: Path) -> None:
+    proto = good().proto()
+    values = oh.make_tensor("sparse", FLOAT, [1], [2.0])
+    indices = oh.make_tensor("at", onnx.TensorProto.INT64, [1], [0])
+    proto.graph.sparse_initializer.append(oh.make_sparse_tensor(values, indices, [4]))
+    onnx.save(proto, tmp_path / "net.onnx")
+    found = broken_rules(tmp_path / "net.onnx", _SM86)
+    assert [(f.rule, f.node) for f in found] == [("sparse-initializer", "sparse")]
+
+
+def test_unequal_scales_of_a_concat_are_advice(written: Callable[[Net], Path]) -> None:
+    net = Net()
+    net.add("Relu", ["x"], "r")
+    parts = [net.quantized("x", scale=0.1), net.quantized("r", scale=0.2)]
+    net.add("Concat", parts, "c", axis=0)
+    net.add("Relu", ["c"], "y")
+    found = broken_rules(written(net), _SM86)
+    assert [(f.rule, f.node, f.error) for f in found] == [("concat", "c", False)]
+
+
+def test_a_quantizer_between_operator_and_relu_is_advice(written: Callable[[Net], Path]) -> None:
+    net = Net()
+    weight = net.weight(_s8(128, 32), _columns(), axis=1)
+    net.add("MatMul", [net.quantized("x"), weight], "m")
+    net.add("Relu", [net.quantized("m")], "y")
+    found = broken_rules(written(net), _SM86)
+    assert [(f.rule, f.node, f.error) for f in found] == [("output", "m", False)]
