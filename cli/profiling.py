@@ -209,14 +209,25 @@ def cost_of_profile(
     """Costs by a recorded profile, and how its device differs from this one, as warnings.
 
     `model` is canonicalized, `feed` gives the shapes. Raises UsageError for a file that is no
-    profile.
+    profile, is of another runtime, or knows no node of the model.
     """
     table = read_table(path)
+    here = backend_of(target.name).environment(threads)
+    record = f"octavo profile {model.source.name} -o {path.name} --target {target.name}"
+    hint = f"on the device, with the shapes given here: {record}"
+    recorded = table.environment.partition(", ")[0]
+    if recorded.partition(" ")[0] != here.partition(" ")[0]:
+        message = f"{path.name} was recorded with {recorded}, which {target.name} does not run on"
+        raise UsageError(message, hint=hint)
     cost = TableCost.of(model, table, target, feed)
-    different = table.differences(backend_of(target.name).environment(threads))
-    warnings = [f"{path.name} was recorded elsewhere: {text}" for text in different]
-    if cost.known < cost.total:
-        warnings.append(f"{cost.total - cost.known} of {cost.total} nodes are not in {path.name}")
+    if not cost.known:
+        message = f"{path.name} holds no node of the model"
+        raise UsageError(message, why="it is of another model, or of other shapes", hint=hint)
+    warnings = [f"{path.name} was recorded elsewhere: {t}" for t in table.differences(here)]
+    if missing := cost.total - cost.known:
+        warnings.append(
+            f"{missing} of {cost.total} nodes are not in {path.name}: their seconds are estimated"
+        )
     return cost, tuple(warnings)
 
 

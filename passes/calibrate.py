@@ -17,7 +17,7 @@ from octavo.passes.spec import format_pass
 from octavo.passes.sweep import sweep_ranges
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -54,39 +54,43 @@ class Calibrate(Pass):
         if ctx.calibration is None:
             ctx.remark("note", "", "no calibration data: no activation ranges")
             return model
+        batches = ctx.calibration
+        if batches.samples > self.max_samples:
+            batches = _First(batches, self.max_samples)
         names = _measurable(model, ctx)
-        key = self._key(model, ctx.calibration, names)
-        stored = ctx.cache.get(key) if ctx.cache is not None else None
-        if stored is not None:
+        keys = {name: self._key(model, batches, name) for name in names}
+        found = _known(ctx, keys)
+        if len(found) == len(names):
             ctx.remark("note", "", "the ranges are known from an earlier run: no sweep")
-            return model.with_fact(_decode(stored))
-        ranges = self._measure(model, ctx, ctx.calibration, names)
-        if ctx.cache is not None:
-            ctx.cache.put(key, _encode(ranges))
-        return model.with_fact(ranges)
+        else:
+            # Another target asks for other values: only they are swept.
+            found |= self._measure(model, ctx, batches, [n for n in names if n not in found])
+            _store(ctx, {keys[name]: found[name] for name in names})
+        by_value = {name: known for name in names if (known := found[name]) is not None}
+        return model.with_fact(Ranges(by_value, self.method, batches.samples, batches.sha256))
 
     def _measure(
         self, model: Model, ctx: PassContext, batches: Batches, names: Sequence[str]
-    ) -> Ranges:
-        if batches.samples > self.max_samples:
-            batches = _First(batches, self.max_samples)
-        by_value: dict[str, Range] = {}
+    ) -> dict[str, Range | None]:
+        """The range of every named value, `None` for one that the data leaves empty."""
+        found: dict[str, Range | None] = {}
         histograms = sweep_ranges(model, ctx.evaluator, batches, names, ctx.progress)
         for name, histogram in histograms.items():
             if histogram.total == 0:
                 ctx.remark("missed", name, "the calibration data leaves this value empty")
+                found[name] = None
                 continue
             if histogram.low == histogram.high:
                 ctx.remark("note", name, "constant on all calibration data", value=histogram.low)
             low, high = choose_interval(histogram, self.method, self.percentile)
-            by_value[name] = Range(low, high, histogram.low, histogram.high)
+            found[name] = Range(low, high, histogram.low, histogram.high)
             ctx.count("ranges")
-        return Ranges(by_value, self.method, batches.samples, batches.sha256)
+        return found
 
-    def _key(self, model: Model, batches: Batches, names: Sequence[str]) -> str:
+    def _key(self, model: Model, batches: Batches, name: str) -> str:
         installed = json.dumps(versions(), sort_keys=True)
         return cache_key(
-            "ranges", model.fingerprint, batches.sha256, format_pass(self), installed, *names
+            "range", model.fingerprint, batches.sha256, format_pass(self), installed, name
         )
 
 
@@ -139,12 +143,25 @@ def _no_range(value: onnx_ir.Value | None) -> str:
     return ""
 
 
-def _encode(ranges: Ranges) -> bytes:
-    by_value = {name: astuple(found) for name, found in ranges.by_value.items()}
-    fields = [ranges.method, ranges.samples, ranges.calibration_sha256]
-    return json.dumps([by_value, *fields]).encode()
+def _known(ctx: PassContext, keys: Mapping[str, str]) -> dict[str, Range | None]:
+    """What earlier runs found, by value."""
+    if ctx.cache is None:
+        return {}
+    stored = {name: ctx.cache.get(key) for name, key in keys.items()}
+    return {name: _decode(content) for name, content in stored.items() if content is not None}
 
 
-def _decode(stored: bytes) -> Ranges:
-    by_value, *fields = json.loads(stored)
-    return Ranges({name: Range(*found) for name, found in by_value.items()}, *fields)
+def _store(ctx: PassContext, found: Mapping[str, Range | None]) -> None:
+    if ctx.cache is None:
+        return
+    for key, known in found.items():
+        ctx.cache.put(key, _encode(known))
+
+
+def _encode(found: Range | None) -> bytes:
+    return json.dumps(None if found is None else astuple(found)).encode()
+
+
+def _decode(stored: bytes) -> Range | None:
+    numbers = json.loads(stored)
+    return None if numbers is None else Range(*numbers)

@@ -10,7 +10,7 @@ import json
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from typing import TYPE_CHECKING, final
 
 import numpy as np
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     Array = NDArray[np.generic]
     Values = dict[str, Array]
 
+# Trials that round one activation are named after it.
+_VALUE = "value "
 # What lies in front of a decision is kept up to this size while its offers are tried.
 _KEPT_BYTES = 96 << 20
 
@@ -65,7 +67,7 @@ def measure_damage(
     found: dict[str, Damage] = {}
     for damages in ctx.executor.map(run, jobs):
         found |= damages
-    by_value = {k.removeprefix("value "): d for k, d in found.items() if k.startswith("value ")}
+    by_value = {k.removeprefix(_VALUE): d for k, d in found.items() if k.startswith(_VALUE)}
     roundings = study.roundings.items()
     by_group = {name: rounding.damages(found) for name, rounding in roundings}
     seconds = time.perf_counter() - begin
@@ -172,21 +174,24 @@ class _Study:
             if value is not None and suffix.holds_readers(value):
                 del pending[name]
                 found = self.model.fact(Ranges).by_value[name]
-                trials[f"value {name}"] = static_trial(name, found, self.activations)
+                trials[f"{_VALUE}{name}"] = static_trial(name, found, self.activations)
         return trials
 
     def resumed(self, job: _Job) -> Mapping[str, Damage]:
-        """The damages of a job, from the cache where it was done before."""
-        read = (*job.suffix.boundary, *job.constants)
-        key = cache_key("damage job", self.digest, repr(read), *job.trials)
-        cache = self.ctx.cache
-        stored = cache.get(key) if cache is not None else None
-        if stored is not None:
-            return {name: Damage(*numbers) for name, numbers in json.loads(stored).items()}
-        found = self._run(job)
-        if cache is not None:
-            cache.put(key, json.dumps({n: astuple(d) for n, d in found.items()}).encode())
-        return found
+        """The damages of a job, trial by trial from the cache where another target did it."""
+        cache, read = self.ctx.cache, repr((*job.suffix.boundary, *job.constants))
+        if cache is None:
+            return self._run(job)
+        # What rounding a value does depends on no suffix, as all of its readers are in any.
+        parts = {n: () if n.startswith(_VALUE) else (read,) for n in job.trials}
+        keys = {n: cache_key("damage trial", self.digest, n, *p) for n, p in parts.items()}
+        stored = {name: cache.get(key) for name, key in keys.items()}
+        known = {n: Damage(*json.loads(text)) for n, text in stored.items() if text is not None}
+        trials = {name: trial for name, trial in job.trials.items() if name not in known}
+        fresh = self._run(replace(job, trials=trials)) if trials else {}
+        for name, damage in fresh.items():
+            cache.put(keys[name], json.dumps(astuple(damage)).encode())
+        return {name: fresh[name] if name in fresh else known[name] for name in job.trials}
 
     def _run(self, job: _Job) -> Mapping[str, Damage]:
         if not job.suffix.outputs:

@@ -185,12 +185,12 @@ def test_a_profile_of_another_device_gives_warnings(tmp_path: Path) -> None:
         f"here is '{processor}'",
         "board.json was recorded elsewhere: threads: the profile has '4 thread(s)', "
         "here is '1 thread(s)'",
-        "1 of 2 nodes are not in board.json",
+        "1 of 2 nodes are not in board.json: their seconds are estimated",
     )
     assert cost.seconds(model.graph[0], "float") == 5e-6
     LatencyTable(environment(1), cost.table.rows).write(path)
     _, warnings = cost_of_profile(path, model, ORT_CPU, feed, 1)
-    assert warnings == ("1 of 2 nodes are not in board.json",)
+    assert warnings == ("1 of 2 nodes are not in board.json: their seconds are estimated",)
 
 
 def test_kinds_read_as_they_print() -> None:

@@ -19,6 +19,7 @@ from octavo.passes.calibrate import Calibrate
 from octavo.passes.clipping import choose_interval
 from octavo.passes.histogram import Histogram
 from octavo.passes.range_probe import build_probe
+from octavo.passes.sweep import sweep_ranges
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -220,11 +221,29 @@ def test_a_second_run_reads_the_cache(
     second = replace(first, evaluator=blocked)
     assert Calibrate().run(model.clone(), second).fact(Ranges) == ranges
     assert "no sweep" in second.recorder.remarks[-1].text
-    for other in (
-        replace(second, statistics=second.statistics[:1]),
-        replace(second, calibration=replace(feeds(3), sha256="1" * 64)),
-    ):
-        with pytest.raises(AssertionError, match="a sweep ran"):
-            Calibrate().run(model.clone(), other)
+    other = replace(second, calibration=replace(feeds(3), sha256="1" * 64))
+    with pytest.raises(AssertionError, match="a sweep ran"):
+        Calibrate().run(model.clone(), other)
     with pytest.raises(AssertionError, match="a sweep ran"):
         Calibrate(method="entropy").run(model.clone(), second)
+
+
+def test_only_values_that_nobody_swept_are_swept(
+    model: Model, pass_context: PassContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swept: list[list[str]] = []
+
+    def counted(model: Model, evaluator: Any, batches: Any, names: Any, *rest: Any) -> Any:
+        swept.append(list(names))
+        return sweep_ranges(model, evaluator, batches, names, *rest)
+
+    monkeypatch.setattr("octavo.passes.calibrate.sweep_ranges", counted)
+    whole = Calibrate().run(model.clone(), asking(pass_context, feeds(3), "conv", "relu"))
+    cached = [
+        replace(asking(pass_context, feeds(3), *names), cache=Cache(tmp_path))
+        for names in (["relu"], ["conv", "relu"], ["conv"])
+    ]
+    found = [Calibrate().run(model.clone(), ctx).fact(Ranges) for ctx in cached]
+    assert swept == [["conv", "relu"], ["relu"], ["conv"]]
+    assert found[1] == whole.fact(Ranges)
+    assert dict(found[2].by_value) == {"conv": found[1].by_value["conv"]}
