@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, final
 
 from octavo.cli.candidates import Candidate
-from octavo.cli.profiling import COPY_KINDS, cost_of_profile, profile_model
+from octavo.cli.profiling import COPY_KINDS, profile_model
+from octavo.cli.recorded_profile import cost_of_profile
 from octavo.cli.stand_in import stand_in
 from octavo.ir.artifact_io import MODEL
 from octavo.ir.budgets import parse_bytes, parse_drop, parse_seconds

@@ -16,7 +16,8 @@ from octavo.backends.bench import bench
 from octavo.backends.ort_session import environment
 from octavo.backends.ort_target import ORT_CPU
 from octavo.backends.ort_timing import time_nodes
-from octavo.cli.profiling import DEFAULT_KINDS, Check, Kind, cost_of_profile, with_neighbours
+from octavo.cli.profiling import DEFAULT_KINDS, Check, Kind, with_neighbours
+from octavo.cli.recorded_profile import cost_of_profile
 from octavo.ir.backend import Timing
 from octavo.ir.cache import ENVIRONMENT
 from octavo.ir.errors import UnknownName
