@@ -62,11 +62,16 @@ class AffineLayer:
         size = int(self._shape[self._weight_axis])
         return size * self._groups if is_op(self.node, "ConvTranspose") else size
 
+    @property
+    def bias_value(self) -> onnx_ir.Value | None:
+        """What the bias is read from, `None` where nothing is."""
+        index = self._bias_index
+        return self.last.inputs[index] if 0 <= index < len(self.last.inputs) else None
+
     def bias(self) -> Float64 | None:
         """The bias, shape `[channels]`; `None` where it is not one constant per channel."""
-        index = self._bias_index
-        value = self.last.inputs[index] if 0 <= index < len(self.last.inputs) else None
-        if index < 0:
+        value = self.bias_value
+        if self._bias_index < 0:
             return None
         if value is None:
             return np.zeros(self.channels)

@@ -16,6 +16,7 @@ from octavo.ir.axis_groups import axis_groups
 from octavo.ir.calibration import first_samples
 from octavo.ir.extract import values_by_name
 from octavo.ir.remove_units import remove_units
+from octavo.passes.affine_layers import affine_layers
 from octavo.passes.base import Recorder
 from octavo.passes.collect_moments import collected
 from octavo.passes.prune_gradients import gate_fisher
@@ -167,7 +168,8 @@ class Pruner:
 
     def cut(self, model: Model, removed: Mapping[str, Collection[int]]) -> None:
         """Take the units out of what `pruned` gave, in place."""
-        remove_units(model, self.groups, removed)
+        groups = {name: _with_biases(model, self.groups[name]) for name in removed}
+        remove_units(model, groups, removed)
 
     def _gone(self, model: Model, removed: Mapping[str, Collection[int]]) -> list[Reader]:
         """The readers of some groups in a clone; units are 0 for columns that go, else -1."""
@@ -181,6 +183,22 @@ class Pruner:
                 found[reader.key] = replace(reader, units=mark)
         place = {node.name: at for at, node in enumerate(model.graph)}
         return sorted(found.values(), key=lambda reader: place[reader.node.name])
+
+
+def _with_biases(model: Model, group: AxisGroup) -> AxisGroup:
+    """A group with the biases that repair gave to layers which had none of their own."""
+    labels = dict(group.labels)
+    known = {tensor for tensor, _ in labels}
+    for layer in affine_layers(model):
+        given, bias = layer.last.outputs[0], layer.bias_value
+        shape = given.shape
+        if bias is None or bias.const_value is None or bias.name in known or shape is None:
+            continue
+        own = labels.get((given.name or "", layer.axis % len(shape)))
+        rank = len(bias.const_value.shape)
+        if own is not None and rank and bias.const_value.shape[rank - 1] == own.size:
+            labels[bias.name or "", rank - 1] = own
+    return replace(group, labels=labels)
 
 
 def _changed(before: Model, after: Model) -> dict[str, Array]:

@@ -147,6 +147,8 @@ class Search:
         weights = multipliers(model, end - time.perf_counter())
         floor, reduced = model.lagrangian(np.zeros(len(model.rows)) if weights is None else weights)
         best, value = self._nearest_bound(model, reduced)
+        # No total is negative, but for the rounding of multipliers.
+        floor = max(floor, 0.0)
         width, bound = 0.0, floor
         while not self._proves(value, bound) and bound < math.inf:
             if time.perf_counter() > end:
