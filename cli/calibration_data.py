@@ -11,6 +11,7 @@ import numpy as np
 
 from octavo.cli.calibration_sources import Entry, Items, open_items
 from octavo.cli.model_inputs import Array, Inputs, item_bytes, joined, leading
+from octavo.cli.synthetic_data import SYNTHETIC, self_made
 from octavo.ir.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -67,11 +68,14 @@ def load_calibration(
 
     `spec` is an .npz by input name (first axis: samples), a folder of .npy or .npz (one sample or
     feed each) or of images, `module:function`, or from Python a mapping of arrays, an array, an
-    iterable of feeds, or `Batches`. More than `limit` samples are drawn from by `seed`. Raises
-    CalibrationError, or UnknownName for names the model does not have.
+    iterable of feeds, or `Batches`; `synthetic` makes it from the model. More than `limit` samples
+    are drawn from by `seed`. Raises CalibrationError, or UnknownName for names the model does not
+    have.
     """
     if _is_batches(spec):
         return spec
+    if isinstance(spec, str) and spec == SYNTHETIC:
+        return self_made(model, seed)
     inputs = Inputs.of(model)
     items = open_items(spec, preprocess and _sized(preprocess, inputs), limit)
     indices = _drawn(items.count, limit, seed)

@@ -104,6 +104,19 @@ class Maker:
             )
 
 
+def self_made(source: Model, seed: int) -> Synthetic:
+    """Feeds as `octavo synthesize` makes them unless told otherwise, for any command.
+
+    Raises what `Synthesis.run` does.
+    """
+    from octavo.cli.synthetic_options import SyntheticOptions
+    from octavo.ir.cache import Cache, default_folder
+
+    how = SyntheticOptions().synthesis(Path(source.source.name))
+    maker = Maker(source, "ort-cpu", seed, Cache(default_folder()), lambda *_: None)
+    return maker.make(how)
+
+
 def chosen(named: str, maker: Maker, how: Synthesis, request: Request) -> Chosen:
     """Data for `synthetic`, ranges without data for `analytic`; for nothing, data if it is good.
 

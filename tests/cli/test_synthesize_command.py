@@ -10,11 +10,15 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 import octavo
 from octavo.cli import synthetic_data
+from octavo.cli.main import main
 from octavo.cli.png import contact_sheet, write_png
+from octavo.cli.synthetic_options import SyntheticOptions
+from octavo.passes.synthesis import Synthesis
 
 Octavo = Callable[..., Any]
 QUICK = ("--samples", 16, "--steps", 10, "--no-cache")
@@ -168,6 +172,73 @@ def test_none_and_a_silent_model_compile_as_ever(
         assert octavo("compile", plain, "-o", out, "--no-measure", *more).code == 0
     first, second = (out.joinpath("manifest.json").read_bytes() for out in outs)
     assert first == second
+
+
+@pytest.fixture(scope="module")
+def made(network: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data of the network's own in a file."""
+    path = tmp_path_factory.mktemp("made") / "data.npz"
+    how = ("--samples", "16", "--steps", "20", "--no-cache", "--no-sheet")
+    assert main(["synthesize", str(network), "-o", str(path), *how]) == 0
+    return path
+
+
+def test_plans_and_orders_rest_on_made_data_as_on_any(
+    octavo: Octavo, network: Path, made: Path
+) -> None:
+    quick = ("--estimator", "layer-error", "--no-measure", "--no-cache")
+    plan = octavo("plan", network, "-c", made, "--size", "30%", "--json", *quick)
+    assert (plan.code, plan.err) == (0, "")
+    found = json.loads(plan.out)
+    damages = [offer["damage"] for group in found["groups"] for offer in group["offers"]]
+    assert max(damages) > 0
+    steps = ("--step", "prune-channels{ratio=0.1}", "--step", "prune-weights")
+    order = octavo("order", network, "-c", made, *steps, "--json")
+    assert (order.code, order.err) == (0, "")
+    assert len(json.loads(order.out)["pairs"]) == 1
+
+
+def test_any_command_makes_data_where_it_is_asked_to(
+    octavo: Octavo, network: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Estimates are those of the same data in a file."""
+    how = Synthesis(samples=16, steps=20)
+    monkeypatch.setattr(SyntheticOptions, "synthesis", lambda self, model: how)
+    damages = []
+    for data in (made, "synthetic"):
+        asked = ("--estimator", "layer-error", "--json", "--no-cache")
+        found = octavo("sensitivity", network, "-c", data, *asked)
+        assert (found.code, found.err) == (0, "")
+        damages.append([group["offers"] for group in json.loads(found.out)["groups"]])
+    assert damages[0] == damages[1]
+    assert len(damages[0]) > 5
+
+
+def test_pruning_is_repaired_and_recovered_on_made_data(
+    octavo: Octavo, network: Path, made: Path, tmp_path: Path
+) -> None:
+    """Real images, which nothing has seen, get the classes that they had."""
+    with np.load(network.with_name("fashion.npz")) as stored:
+        images = stored["input"]
+
+    def classes(path: Path) -> Any:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        return session.run(None, {"input": images})[0].argmax(1)
+
+    def agreement(pruning: str, behind: str = "") -> float:
+        out = tmp_path / f"{pruning}{behind}"
+        text = (
+            f"canonicalize,prune-channels{{{pruning}}},calibrate,choose-kernels,"
+            f"place-quantizers,insert-fake-quant{behind}"
+        )
+        given = ("-c", made, "-p", text, "--no-measure", "--no-cache")
+        assert octavo("compile", network, "-o", out, *given).code == 0
+        return float((classes(out / "model.onnx") == classes(network)).mean())
+
+    pruned = agreement("ratio=0.1,repair=none")
+    assert pruned < 0.5
+    assert agreement("ratio=0.1") > pruned + 0.2
+    assert agreement("ratio=0.1,repair=none", ",recover{steps=20}") > pruned + 0.2
 
 
 def test_a_sheet_shows_images_side_by_side(tmp_path: Path) -> None:
