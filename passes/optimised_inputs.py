@@ -76,7 +76,8 @@ class InputGroups:
         outcomes = [outcome for _, outcome in made]
         distance = float(np.mean([outcome.distance for outcome in outcomes]))
         notes = tuple(_notes(outcomes, rounds))
-        return Synthetic(tuple(feeds), self.evidence.origin, tuple(groups), distance, notes)
+        origin = self.evidence.origin if self.how.statistics else "synthetic-attention"
+        return Synthetic(tuple(feeds), origin, tuple(groups), distance, notes)
 
     def _objective(self) -> Objective:
         from octavo.ir.torch_module import differentiable

@@ -83,7 +83,8 @@ class Synthesis:
 
     def suited(self, model: Model) -> Synthesis:
         """Without the entropy of patches where statistics say more."""
-        return replace(self, entropy=0.0) if Evidence.of(model).moments else self
+        known = self.statistics and Evidence.of(model).moments
+        return replace(self, entropy=0.0) if known else self
 
     def _sampled(
         self,

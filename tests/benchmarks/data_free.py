@@ -67,8 +67,8 @@ TEXT_SOURCES: Mapping[str, Change] = {
 WRITTEN: Mapping[str, Change] = {"own text": _with()}
 ABLATION: Mapping[str, Change] = {
     "default": _with(),
-    "no statistics": _with(statistics=0.0, entropy=0.3),
-    "no entropy": _with(entropy=1e-9),
+    "no statistics": _with(statistics=0.0),
+    "nor entropy": _with(statistics=0.0, entropy=1e-9),
     "no labels": _with(labels=0.0),
     "all samples alike": _with(focus=0.0),
     "no variation": _with(variation=0.0),

@@ -146,6 +146,11 @@ def test_attention_is_found_by_structure(pass_context: PassContext) -> None:
     assert data.origin == "synthetic-attention"
 
 
+def test_patches_count_where_statistics_do_not(mobile: Model) -> None:
+    assert Synthesis().suited(mobile).entropy == 0
+    assert Synthesis(statistics=0.0).suited(mobile).entropy == Synthesis().entropy > 0
+
+
 def test_a_model_that_tells_nothing_says_what_to_pass(pass_context: PassContext) -> None:
     model = _canonical(onnx.parser.parse_model(PLAIN), pass_context)
     with pytest.raises(UsageError, match="nothing in this model tells") as refused:
