@@ -79,6 +79,7 @@ class Planner:
     _solving: Pipeline = field(init=False)
     _budget: float | None = field(init=False, default=None)
     _latency: str = field(init=False, default="")
+    _elsewhere: bool = field(init=False, default=False)
 
     def run(self) -> Planned:
         """Build within the budgets. Raises BudgetInfeasible where no plan keeps to them."""
@@ -121,6 +122,9 @@ class Planner:
         size = self.request.size or _option(self.pipeline, "size")
         self._latency = self.request.latency or _option(self.pipeline, "latency")
         self._budget = self._bytes(size) if size else None
+        if self._elsewhere and self._latency not in ("", _NO_LIMIT):
+            name = Path(self.request.profile).name
+            self.notes.append(f"--latency is kept by the seconds of {name}, not by this machine's")
 
     def _planned(self, candidate: Candidate, missed: Sequence[str]) -> Planned:
         missed = (*missed, *self._unchanged(candidate))
@@ -147,6 +151,8 @@ class Planner:
             path = Path(request.profile)
             cost, warnings = cost_of_profile(path, model, target, self.feed, request.threads)
             self.notes += warnings
+            here = self.measured.backend.environment(request.threads)
+            self._elsewhere = bool(cost.table.differences(here))
             return cost
         if request.measure:
             return profile_model(model, self.feed, self.ctx, threads=request.threads).cost
@@ -229,8 +235,11 @@ class Planner:
         return _sentences(candidate.artifact.bytes, budget, over, slow, latency), over, slow
 
     def _excess(self, artifact: Artifact, latency: str) -> float:
-        """Measured seconds as a share of the budget; 0 where there is none or nothing is timed."""
-        if latency in ("", _NO_LIMIT) or not self.request.measure:
+        """Measured seconds as a share of the budget; 0 where there is none or nothing is timed.
+
+        How long another device takes no clock here tells: the plan kept to its table.
+        """
+        if latency in ("", _NO_LIMIT) or not self.request.measure or self._elsewhere:
             return 0.0
         timing = self.measured.final_bench(artifact)
         source, own = timing.rows[0], timing.rows[-1]

@@ -138,6 +138,29 @@ def test_a_table_of_the_device_decides_on_another_machine(
     )
 
 
+def test_a_latency_is_kept_on_the_device_and_not_here(
+    octavo: Octavo, network: Path, tmp_path: Path, machine: Any
+) -> None:
+    table, out = tmp_path / "board.json", tmp_path / "out"
+    machine("Board CPU")
+    options = ("--seconds", "0", "--kind", "static", *SHAPE)
+    assert octavo("profile", network, "-o", table, *options).code == 0
+    # Integer kernels of that device are a hundred times faster, and moving codes is free.
+    content = json.loads(table.read_text(encoding="utf-8"))
+    for row in content["rows"].values():
+        for option in row:
+            row[option] = 1e-4 if option == "float" else 1e-6
+    table.write_text(json.dumps(content), encoding="utf-8")
+    machine("Build server")
+    pipeline = MIXED.replace("sensitivity{samples=4}", "sensitivity{estimator=weight-error}")
+    arguments = ("compile", network, "-o", out, "-c", DATA, "-p", pipeline, *SHAPE)
+    # No file is ten times faster than its source here.
+    done = octavo(*arguments, "--latency", "0.1x", "--profile", table)
+    assert done.code == 0, done.err
+    assert "--latency is kept by the seconds of board.json" in done.out
+    assert octavo(*arguments, "--latency", "0.1x", "--force").code in (2, 3)
+
+
 @pytest.mark.parametrize(
     ("change", "code", "text"),
     [
