@@ -283,10 +283,10 @@ class _Job:
         ).run()
         notes = (*found.notes, *measured.backend.notes())
         proven = self._prove(found.candidate, measured, notes)
-        first = len(self.pipeline.passes) - len(found.candidate.pipeline.passes)
+        studying, _ = self.pipeline.split(Allocate.name)
         return replace(
             proven,
-            pipeline=Pipeline((*self.pipeline.passes[:first], *found.candidate.pipeline.passes)),
+            pipeline=Pipeline((*studying.passes, *found.candidate.pipeline.passes)),
             records=(*found.before.records, *found.candidate.compilation.records),
             missed=found.missed,
         )

@@ -25,7 +25,8 @@ class Budgets(TypedDict, total=False):
     "0.01") asks for the smallest or fastest artifact (`goal`) whose metric falls by no more on
     held-out samples: top-1 accuracy by the labels of the data, or the function that `metric` names
     ("module:function"). `profile` is the path of a recorded table, `refine_seconds` bounds the
-    search around the plan, `estimator` says how damage is found. `top_k` plans and `pareto` points
+    search around the plan, `estimator` says how damage is found. With `structure`, budgets choose
+    fewer channels, neurons and heads as well as bits. `top_k` plans and `pareto` points
     of the curve of damage against size are kept.
     """
 
@@ -38,6 +39,7 @@ class Budgets(TypedDict, total=False):
     metric: str
     goal: Literal["smallest", "fastest"]
     profile: str
+    structure: bool
     refine_seconds: float
     estimator: str
     top_k: int

@@ -31,13 +31,13 @@ def fashion(model: Path, folder: Path) -> Path:
     return shipped("fashion")
 
 
-def photo_stamps(model: Path, folder: Path) -> Path:
-    """64 stamps of animals, food and household things that are not scored."""
+def photo_stamps(model: Path, folder: Path, count: int = _STAMPS) -> Path:
+    """64 stamps, or `count`, of animals, food and household things that are not scored."""
     scored = {Path(name).name for name in stamps.classes()}
     found = sorted(str(path) for path in stamps.FOLDER.rglob("*.png"))
     paths = [Path(p) for p in found if any(f"/{kind}/" in p for kind in _KINDS)]
     paths = [path for path in paths if path.stem not in scored]
-    order = np.random.default_rng(0).permutation(len(paths))[:_STAMPS]
+    order = np.random.default_rng(0).permutation(len(paths))[:count]
     return _write(folder, input=np.stack([stamps.picture(paths[k]) for k in order]))
 
 
