@@ -40,9 +40,9 @@ def check(
     else:
         _print(found, path, target)
     if not found.ok:
-        errors = [finding for finding in found.findings if finding.error]
-        message = f"{len(errors)} finding(s) keep {target} from running the model as it is"
-        raise VerificationFailed(message, where=str(model), why=str(errors[0]))
+        first = next(finding for finding in found.findings if finding.error)
+        message = f"the model does not conform to {target}"
+        raise VerificationFailed(message, where=str(model), why=str(first))
 
 
 def _print(found: Conformance, path: Path, target: str) -> None:

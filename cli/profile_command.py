@@ -151,7 +151,7 @@ def _timing(backend: Backend) -> Backend:
     """The backend if it can time here; refuses others, early."""
     if not backend.times:
         message = f"nothing here tells the seconds of {backend.target.name}"
-        raise UsageError(message, why=backend.environment(1), hint="profile on the device")
+        raise UsageError(message, hint="profile on the device")
     return backend
 
 

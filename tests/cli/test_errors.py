@@ -27,6 +27,7 @@ def workplace(
     """A folder with a good model and with everything that is wrong."""
     shutil.copy(network, tmp_path / "net.onnx")
     (tmp_path / "garbage.onnx").write_bytes(b"this is no model")
+    (tmp_path / "engine.plan").write_bytes(b"ftrt" + bytes(100))
     (tmp_path / "truncated.onnx").write_bytes(network.read_bytes()[:50_000])
     shutil.copytree(artifact, tmp_path / "artifact")
     shutil.copytree(artifact, tmp_path / "changed")
