@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from octavo.backends.ort_session import environment, make_session, release_memory
+from octavo.backends.ort_session import environment, make_session
 from octavo.ir.artifact import Bench, BenchRow
 from octavo.ir.errors import UnknownName, UsageError
+from octavo.ir.memory import release_memory
 
 if TYPE_CHECKING:
     import onnx_ir

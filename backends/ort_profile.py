@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, final
 
 import onnx
 
-from octavo.backends.ort_session import environment, make_session, release_memory
+from octavo.backends.ort_session import environment, make_session
 from octavo.backends.ort_target import ORT_CPU
 from octavo.ir.facts import Latencies
+from octavo.ir.memory import release_memory
 
 if TYPE_CHECKING:
     from octavo.backends.ort_session import Session

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import platform
 import re
-import sys
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +18,7 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as runtime_state
 
 from octavo.ir.errors import ModelError, OctavoError, UnknownName, UsageError, VerificationFailed
+from octavo.ir.memory import release_memory
 from octavo.ir.model import weight_bytes
 
 if TYPE_CHECKING:
@@ -187,14 +186,6 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-def release_memory() -> None:
-    """Return freed memory to the system; the C library would keep most of a closed session's."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
 
 
 @final

@@ -16,8 +16,8 @@ from octavo.backends.ort_profile import (
     profiled,
     read_profile,
 )
-from octavo.backends.ort_session import release_memory
 from octavo.ir.backend import Timing
+from octavo.ir.memory import release_memory
 
 if TYPE_CHECKING:
     from octavo.backends.ort_profile import KernelTime

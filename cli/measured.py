@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, final
 
 from octavo.backends.bench import bench, untimed
 from octavo.backends.fidelity import Fidelity, compare, run_file
-from octavo.backends.ort_session import release_memory
 from octavo.cli.target import backend_of
 from octavo.ir.cache import Cache, cache_key
 from octavo.ir.facts import Latencies
+from octavo.ir.memory import release_memory
 
 if TYPE_CHECKING:
     from octavo.backends.fidelity import Outputs

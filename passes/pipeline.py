@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, final
 
 from octavo.ir.errors import OctavoError, PassFailed, UsageError, VerificationFailed
 from octavo.ir.facts import Ranges
+from octavo.ir.memory import release_memory
 from octavo.ir.verify import verify
 from octavo.passes.base import Recorder, Statistic
 from octavo.passes.instruments import Step
@@ -123,6 +124,7 @@ def _run_step(step: Step, instruments: Sequence[Instrument]) -> tuple[Model, Pas
         raise
     except Exception as error:
         raise _failed(step, error, instruments) from error
+    release_memory()
     record = _record(step, after, seconds, verify_seconds)
     for instrument in reversed(instruments):
         record = instrument.after_pass(step, record, after)

@@ -17,9 +17,10 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from octavo.backends import ort_session
-from octavo.backends.ort_session import OrtEvaluator, make_session, model_session, release_memory
+from octavo.backends.ort_session import OrtEvaluator, make_session, model_session
 from octavo.ir.calibration import Batches, Feed
 from octavo.ir.errors import ModelError, UnknownName, UsageError, VerificationFailed
+from octavo.ir.memory import release_memory
 from octavo.ir.model import Model, Source
 from octavo.ir.write import write
 
