@@ -173,17 +173,17 @@ def set_rounded(
     assert value is not None
     name = f"{value.name or ''}.{fake.name}" if len(value.uses()) > 1 else value.name or ""
     if params is not None:
-        _set_params(graph, fake, params, value)
+        set_params(graph, fake, params)
     if len(value.uses()) > 1:
         fake.replace_input_with(0, constant(graph, name, rounded))
     else:
         value.const_value = onnx_ir.Tensor(np.asarray(rounded, np.float32), name=name)
 
 
-def _set_params(
-    graph: onnx_ir.Graph, fake: onnx_ir.Node, params: QuantParams, value: onnx_ir.Value
-) -> None:
-    """Scale and zero point, in the shapes that a fresh node would give them."""
+def set_params(graph: onnx_ir.Graph, fake: onnx_ir.Node, params: QuantParams) -> None:
+    """Give a FakeQuant of a constant another scale and zero point; the constant stays."""
+    value = fake.inputs[0]
+    assert value is not None
     fresh = fake_quant_node(value, params, f"{fake.name}_refit", graph)
     for index in (1, 2):
         old, new = fake.inputs[index], fresh.inputs[index]

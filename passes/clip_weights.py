@@ -9,7 +9,7 @@ import numpy as np
 
 from octavo.ir.errors import UsageError
 from octavo.ir.facts import Fact
-from octavo.ir.fake_quant import set_rounded
+from octavo.ir.fake_quant import set_params
 from octavo.ir.quant import dequantize, quantize
 from octavo.passes.base import Pass
 from octavo.passes.clip_search import clipped_params
@@ -68,7 +68,7 @@ class ClipWeights(Pass):
         if after >= before:
             ctx.remark("note", fake.name or "", "no other range is better", before=before)
             return
-        set_rounded(model.graph, fake, weight, new)
+        set_params(model.graph, fake, new)
         narrowed = float(np.mean(new.scale < old.scale))
         text = f"narrowed {narrowed:.0%} of the ranges"
         ctx.remark("applied", fake.name or "", text, before=before, after=after)

@@ -112,11 +112,15 @@ class RoundGptq(Pass):
         matrix, second = sighted.matrix, sighted.second
         weight = quantizer.as_read(quantizer.original())
         target = sighted.target(matrix.rows(weight))
-        options = GptqOptions(self.damping, self.act_order, self.refit, self.ranges)
-        made = gptq_weight(weight, quantizer.params_as_read, matrix, second, options, target)
         whole = output_error(target, None, second) or 1.0
-        present = quantizer.as_read(quantizer.rounded())
-        before = output_error(target, matrix.rows(present), second) / whole
+        present = matrix.rows(quantizer.as_read(quantizer.rounded()))
+        before = output_error(target, present, second) / whole
+        options = GptqOptions(self.damping, self.act_order, self.refit, self.ranges)
+        # A table takes a good part of the memory that there is: no copy of it stays needlessly.
+        del present
+        aim = target if sighted.lost is not None else None
+        del target
+        made = gptq_weight(weight, quantizer.params_as_read, matrix, second, options, aim)
         after = made.after / whole
         if not after < before:
             ctx.remark("missed", name, "no rounding is better", before=before, after=after)
