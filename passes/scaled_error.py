@@ -15,6 +15,7 @@ from octavo.passes.layer_error import layer_error
 from octavo.passes.moment_error import moment_errors
 from octavo.passes.offered_rounding import offered_roundings
 from octavo.passes.output_damage import OutputDamage
+from octavo.passes.rounding import rounding_of
 from octavo.passes.sample_macs import affordable_samples, sample_macs
 from octavo.passes.type_scale import measured_offers, spread, weight_bits
 
@@ -28,7 +29,11 @@ if TYPE_CHECKING:
 _LAYERS_PER_ROLE = 5
 _SCALED_AT_BITS = 4
 _MACS = 5e12
+# Layers are measured until they take so many multiply-accumulates.
+_MEASURED_MACS = 4e12
 _TINY = 1e-30
+# Rounding noise of activations is alike in all samples, and small beside that of weights.
+_SAMPLES_OF_ACTIVATIONS = 2
 
 
 def scaled_error(
@@ -36,22 +41,26 @@ def scaled_error(
 ) -> Estimate:
     """α times the layer error of every offer, run-time activations included.
 
-    Where the moments of what weights multiply are known, errors of weights follow from them.
-
-    α is damage over layer error, measured on at most five layers of every role at 4 bits and
-    interpolated between them, in its logarithm, by the place of a layer among those of its role.
-    A large model runs on fewer samples than `limit`.
+    Where the moments of what weights multiply are known, and weights go to the nearest codes,
+    their errors follow from them.
+    α is damage over layer error, measured on some layers of every role at 4 bits, at least five,
+    and interpolated between them, in its logarithm, by the place of a layer among those of its
+    role. A large model runs on fewer samples than `limit`.
     """
     limit = few_samples(model, ctx, batches, limit)
     roundings = offered_roundings(model, ctx.target, ActivationRounding(ctx.evaluator))
-    known = moment_errors(model, ctx, roundings)
-    errors = layer_error(model, ctx, batches, limit, metric, known)
-    groups = model.fact(Menu).groups
+    # GPTQ has seen some of the data of the moments: its errors are smaller there than elsewhere.
+    known = {} if rounding_of(model) == "gptq" else moment_errors(model, ctx, roundings)
+    few = min(limit, _SAMPLES_OF_ACTIVATIONS) if known else limit
+    errors = layer_error(model, ctx, batches, few, metric, known)
     anchors = {n: offer for n, of in model.fact(Menu).offers.items() if (offer := _anchor(of))}
+    groups = model.fact(Menu).groups
     by_role: dict[str, list[str]] = defaultdict(list)
     for name in anchors:
         by_role[groups[name].role].append(name)
-    chosen = {role: spread(names, _LAYERS_PER_ROLE) for role, names in by_role.items()}
+    work = sample_macs(model, ctx, batches) / 2 * limit * max(len(by_role), 1)
+    count = max(_LAYERS_PER_ROLE, int(_MEASURED_MACS / max(work, 1.0)))
+    chosen = {role: spread(names, count) for role, names in by_role.items()}
     some = {name: anchors[name] for names in chosen.values() for name in names}
     measured = measured_offers(model, ctx, batches, limit, metric, some)
     scale = {
@@ -66,7 +75,7 @@ def scaled_error(
     }
     measure = OutputDamage.of(model, metric).text
     text = f"{measure}, by layer error ({len(some)} of {len(groups)} groups measured)"
-    return Estimate(by_group, text, errors.samples)
+    return Estimate(by_group, text, limit)
 
 
 def few_samples(model: Model, ctx: PassContext, batches: Batches, limit: int) -> int:
