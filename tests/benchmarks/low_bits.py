@@ -38,6 +38,7 @@ from octavo.ir.quant import PerBlock
 from octavo.ir.read import read
 from octavo.passes.base import PassContext
 from octavo.passes.pipeline import Pipeline
+from octavo.passes.record import PassRecord
 
 METHODS: Mapping[str, str] = {
     "nearest": "",
@@ -58,7 +59,11 @@ _BITS = (8, 6, 5, 4, 3, 2)
 @final
 @dataclass(frozen=True)
 class Row:
-    """One method at one width, measured on held-out data."""
+    """One method at one width, measured on held-out data.
+
+    Of the `layers` that GPTQ tried, `improved` have less output error than with nearest codes;
+    the others keep those.
+    """
 
     model: str
     bits: int
@@ -69,6 +74,8 @@ class Row:
     score: float | None
     seconds: float
     why: str = ""
+    layers: int = 0
+    improved: int = 0
 
 
 @final
@@ -139,14 +146,19 @@ class Bench:
     def _row(self, planned: Model, bits: int, name: str, text: str) -> Row:
         begin = time.perf_counter()
         try:
-            model = Pipeline.parse(text).run(planned, self.ctx).model if text else planned
+            done = Pipeline.parse(text).run(planned, self.ctx) if text else None
         except OctavoError as error:
             why = str(error).splitlines()[0]
             return Row(self.case.name, bits, name, 0, float("inf"), 0.0, None, 0.0, why)
         seconds = time.perf_counter() - begin
+        model = planned if done is None else done.model
+        layers = _rounded_layers(() if done is None else done.records)
         artifact = lower(model, self.ctx.workdir / "lowered.onnx")
         damage, agreement, score = self.measured(model)
-        return Row(self.case.name, bits, name, artifact.bytes, damage, agreement, score, seconds)
+        return Row(
+            self.case.name, bits, name, artifact.bytes, damage, agreement, score, seconds,
+            layers=len(layers), improved=sum(layers),
+        )  # fmt: skip
 
     def measured(self, model: Model) -> tuple[float, float, float | None]:
         """Damage, agreement of the largest class and score on held-out data."""
@@ -163,12 +175,23 @@ class Bench:
         return float(np.concatenate(damages).mean()), float(np.concatenate(same).mean()), score
 
 
+def _rounded_layers(records: Sequence[PassRecord]) -> list[bool]:
+    """Of every layer that GPTQ tried, whether less output error is left; it stays otherwise."""
+    remarks = (
+        r for record in records if record.spec.startswith("round-gptq") for r in record.remarks
+    )
+    errors = (r.values for r in remarks if {"before", "after"} <= r.values.keys())
+    return [float(e["after"]) < float(e["before"]) for e in errors]
+
+
 def _show(console: Console, name: str, rows: Sequence[Row], metric: str, score: str) -> None:
-    table = Table("bits", "method", "bytes", metric, "agreement", score, "seconds", title=name)
+    columns = "bits", "method", "bytes", metric, "agreement", score, "seconds", "layers improved"
+    table = Table(*columns, title=name)
     for row in rows:
         scored = row.why or ("" if row.score is None else f"{row.score:.4f}")
         numbers = f"{row.damage:.4g}", f"{row.agreement:.3f}", scored, f"{row.seconds:.1f}"
-        table.add_row(str(row.bits), row.method, f"{row.bytes}", *numbers)
+        layers = f"{row.improved}/{row.layers}" if row.layers else ""
+        table.add_row(str(row.bits), row.method, f"{row.bytes}", *numbers, layers)
     console.print(table)
 
 
