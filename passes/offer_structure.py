@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
 from octavo.ir.errors import UsageError
 from octavo.ir.facts import Fact
 from octavo.ir.menu import Menu, Sensitivity, Units
+from octavo.ir.moments import Moments
 from octavo.passes.base import Pass
+from octavo.passes.collect_moments import collected, quantizable
 from octavo.passes.patterns import chosen
 from octavo.passes.prune_allocation import output_loss, widths
 from octavo.passes.prune_ranking import Score
 from octavo.passes.prune_units import Pruner
+from octavo.passes.rank_offers import RankOffers
 from octavo.passes.width_offers import WidthOffers, width_name, width_text
 from octavo.passes.width_seconds import WidthSeconds, designs
 from octavo.passes.width_shapes import WidthShapes
@@ -29,13 +32,15 @@ _KINDS = ("channels", "heads")
 @final
 @dataclass(frozen=True)
 class OfferStructure(Pass):
-    """Add widths of channels, neurons and heads to the menu.
+    """Add widths of channels, neurons and heads, and ranks of layers, to the menu.
 
     **What it does.** Every set of axes that can only shrink together becomes a decision of its
     own, with `widths` numbers of units that may stay. Damage is measured with that one width, its
     readers repaired by the moments of the calibration data. What a layer's other options take is
     offered at every width of what it reads and gives: bytes by its shapes, seconds from copies of
-    the model that are measured at some widths, interpolated. `allocate` then decides widths and
+    the model that are measured at some widths, interpolated. Layers whose widths stay whole are
+    offered as two of lower rank as well, at shares `ranks` of the rank that saves nothing, with
+    the damage of the best such weight on the data. `allocate` then decides widths and
     bits in one programme, and `apply-structure` executes them.
     **Why.** Half of the channels in 8 bits and all of them in 4 take the same bytes and do very
     different things to outputs and to seconds.
@@ -52,6 +57,7 @@ class OfferStructure(Pass):
     preserves = (Fact,)
 
     widths: int = 5
+    ranks: tuple[float, ...] = (0.25, 0.5)
     round_to: int = 8
     score: Score = "surgeon"
     samples: int = 64
@@ -60,6 +66,9 @@ class OfferStructure(Pass):
     keep: tuple[str, ...] = ()
 
     def run(self, model: Model, ctx: PassContext) -> Model:
+        if not all(0 < share < 1 for share in self.ranks):
+            message = "ranks are shares between 0 and 1 of the rank that saves nothing"
+            raise UsageError(message, where=self.name, hint="ranks=0.25;0.5")
         if self.widths < 2 or self.round_to < 1 or self.samples < 1 or self.copies < 0:
             message = "widths must be at least 2, round-to and samples 1, and copies 0"
             raise UsageError(message, where=self.name)
@@ -79,8 +88,12 @@ class OfferStructure(Pass):
         shapes = WidthShapes(model, {name: shapes.groups[name] for name in levels})
         copies = designs(levels, self.copies, ctx.rng(self.name))
         seconds = WidthSeconds.of(shapes, ctx, copies)
-        damages = self._damages(pruner, levels)
-        found = WidthOffers(model, ctx, seconds, levels, damages).with_widths()
+        loss = output_loss(pruner, self.samples)
+        if loss is None:
+            raise UsageError("nothing of the outputs can be compared", where=self.name)
+        damages = self._damages(pruner, loss, levels)
+        ranks = self._ranks(model, ctx, loss) if self.ranks else None
+        found = WidthOffers(model, ctx, seconds, levels, damages, ranks).with_widths()
         units = {
             width_name(name): {
                 width_text(k, some[0]): () if k == some[0] else pruner.removed(name, k)
@@ -100,13 +113,22 @@ class OfferStructure(Pass):
             if group.kind in _KINDS and group.layers and nodes.issuperset(group.layers)
         ]
 
+    def _ranks(self, model: Model, ctx: PassContext, loss: Callable[[Model], float]) -> RankOffers:
+        """Layers at some ranks, by the moments of what they read."""
+        moments = model.find(Moments)
+        if moments is None or not moments.by_weight:
+            assert ctx.calibration is not None
+            wanted = quantizable(model, ctx)
+            moments = collected(model, ctx, wanted, ctx.calibration, samples=self.samples)
+        return RankOffers.of(model, ctx, moments, loss, self.ranks, self.round_to)
+
     def _damages(
-        self, pruner: Pruner, levels: Mapping[str, Sequence[int]]
+        self,
+        pruner: Pruner,
+        loss: Callable[[Model], float],
+        levels: Mapping[str, Sequence[int]],
     ) -> Mapping[str, Mapping[int, float]]:
         """Damage of the outputs for every width, all others whole."""
-        loss = output_loss(pruner, self.samples)
-        if loss is None:
-            raise UsageError("nothing of the outputs can be compared", where=self.name)
         found: dict[str, dict[int, float]] = {}
         for at, (name, some) in enumerate(levels.items()):
             found[name] = {some[0]: 0.0}

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from octavo.ir.facts import Option
     from octavo.ir.model import Model
     from octavo.passes.base import PassContext
+    from octavo.passes.rank_offers import RankOffers
     from octavo.passes.width_seconds import WidthSeconds
     from octavo.passes.width_shapes import Kept
 
@@ -52,6 +53,7 @@ class WidthOffers:
     seconds: WidthSeconds
     levels: Mapping[str, Sequence[int]]
     damages: Mapping[str, Mapping[int, float]]
+    ranks: RankOffers | None = None
 
     def with_widths(self) -> Model:
         """The model whose menu offers all options at all widths, and the widths themselves."""
@@ -66,9 +68,15 @@ class WidthOffers:
             for name, some in self.levels.items()
         }
         for name, group in menu.groups.items():
-            made = [pair for base in self._useful(name) for pair in self._at_widths(group, base)]
+            made = [pair for base in self._useful(name) for pair in self._at_widths(base)]
+            damages = {offer.name: found.damage(name, base.name) for offer, base in made}
             groups[name], offers[name] = group, tuple(offer for offer, _ in made)
-            by_group[name] = {offer.name: found.damage(name, base.name) for offer, base in made}
+            for base in self._useful(name):
+                for offer, lost in self._at_ranks(name, base):
+                    offers[name] = (*offers[name], offer)
+                    own = found.damage(name, base.name)
+                    damages[offer.name] = replace(own, mean=own.mean + lost)
+            by_group[name] = damages
         whole = sum(self._own_bytes(name, self.levels[name][0]) for name in self.levels)
         size, seconds = menu.fixed_bytes - whole, self._fixed_seconds
         wide = Menu(groups, offers, size, menu.cost_source, seconds)
@@ -85,13 +93,28 @@ class WidthOffers:
             size = self._own_bytes(name, kept)
             yield Offer(width_text(kept, units), {}, size, seconds)
 
-    def _at_widths(self, group: Group, base: Offer) -> Iterator[tuple[Offer, Offer]]:
-        """An offer at all widths of what its nodes touch, and the offer itself."""
-        terms = self._terms(base)
-        touching = dict.fromkeys(
-            name for node, _ in terms for name in self.seconds.shapes.touching.get(node, ())
+    def _at_ranks(self, group: str, base: Offer) -> Iterator[tuple[Offer, float]]:
+        """An offer with lower ranks, all widths whole, and the damage that adds."""
+        if self.ranks is None:
+            return
+        whole = {name: self.levels[name][0] for name in self._touching(base)}
+        needs = {width_name(n): width_text(k, k) for n, k in whole.items()}
+        heads = self._total(list(base.options.items()), {})
+        for offer, lost in self.ranks.offers(group, base, heads):
+            yield replace(offer, needs=needs), lost
+
+    def _touching(self, base: Offer) -> list[str]:
+        """The widths that an offer is made for."""
+        found = dict.fromkeys(
+            name
+            for node, _ in self._terms(base)
+            for name in self.seconds.shapes.touching.get(node, ())
         )
-        names = list(touching)[:_MOST_WIDTHS]
+        return list(found)[:_MOST_WIDTHS]
+
+    def _at_widths(self, base: Offer) -> Iterator[tuple[Offer, Offer]]:
+        """An offer at all widths of what its nodes touch, and the offer itself."""
+        terms, names = self._terms(base), self._touching(base)
         for counts in itertools.product(*(self.levels[name] for name in names)):
             at = dict(zip(names, counts, strict=True))
             kept = {name: k for name, k in at.items() if k < self.levels[name][0]}

@@ -52,7 +52,7 @@ network (float[N,3,8,8] x) => (float[N,10] y)
 OFFERED = (
     "canonicalize,calibrate{method=minmax},"
     "offer-options{bits=8,dynamic=false,weight-only=false,float16=false,storage=false},"
-    "sensitivity{samples=4},offer-structure{widths=3,samples=4,copies=2}"
+    "sensitivity{samples=4},offer-structure{widths=3,samples=4,copies=2,ranks=0.5}"
 )
 EXACT = 1e-12
 FLOAT32 = 1e-5
@@ -142,6 +142,30 @@ def test_bytes_are_those_of_the_file(
         node = next(node for node in built.graph if node.name == name.partition("#")[0])
         assert node.outputs[0].shape is not None
         assert node.outputs[0].shape[1] == kept
+
+
+def test_a_rank_is_two_layers_of_the_bytes_it_was_offered_with(
+    offered: tuple[Model, PassContext], tmp_path: Path
+) -> None:
+    model, ctx = offered
+    menu, programme = model.fact(Menu), Planning(model, ctx).programme
+    float_choice = dict.fromkeys(menu.groups, 0)
+    names = [offer.name for offer in menu.offers["deep"]]
+    at = next(k for k, offer in enumerate(menu.offers["deep"]) if offer.ranks)
+    assert names[at].startswith("float rank ")
+    choice = {**float_choice, "deep": at}
+    assert programme.agrees(choice)
+    thin, whole = (built_with(model, ctx, some) for some in (choice, float_choice))
+    files = [lower(m, tmp_path / f"{k}.onnx", ctx.target.name) for k, m in enumerate((thin, whole))]
+    totals = [programme.totals(some)["bytes"] for some in (choice, float_choice)]
+    assert files[1].bytes - files[0].bytes == pytest.approx(totals[1] - totals[0], abs=4 * NAMES)
+    rank = menu.offers["deep"][at].ranks["deep"].rank
+    shapes = [
+        tuple(n.inputs[1].const_value.shape.numpy())  # type: ignore[union-attr]
+        for n in thin.graph
+        if (n.name or "").startswith("deep")
+    ]
+    assert [shape[0] for shape in shapes] == [rank, 24]
 
 
 def widened(menu: Menu, choice: dict[str, int]) -> Iterator[tuple[str, int]]:
