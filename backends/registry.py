@@ -33,9 +33,11 @@ def _ort(target: Target) -> Backend:
 
 
 def _openvino(target: Target) -> Backend:
-    from octavo.backends.ov_backend import OpenVinoBackend
+    from octavo.backends import ov_backend, ov_session
 
-    return OpenVinoBackend(target)
+    # Better now than after the passes.
+    ov_session.runtime()
+    return ov_backend.OpenVinoBackend(target)
 
 
 def _tensorrt(target: Target) -> Backend:

@@ -135,19 +135,21 @@ def _batches(calibration: Any, source: Model, preprocess: str) -> Batches:
 
 
 def load(folder: str | Path, *, threads: int = 1) -> Session:
-    """A session of an artifact or package folder, with the session options it relies on."""
-    from octavo.backends.ort_session import make_session
-    from octavo.cli.target import backend_of
+    """A session of an artifact or package folder, with the session options it relies on.
+
+    Its runtime is that of the target: ONNX Runtime, or OpenVINO.
+    """
+    from octavo.cli.target import DEFAULT, backend_of
     from octavo.ir.artifact_io import read_artifact
     from octavo.ir.package_io import is_package, read_package
 
     folder = Path(folder)
     if is_package(folder):
-        packed = read_package(folder)
-        return make_session(folder / packed.model, threads=threads, config=packed.session_options)
+        packed, backend = read_package(folder), backend_of(DEFAULT)
+        return backend.open(folder / packed.model, threads=threads, config=packed.session_options)
     artifact = read_artifact(folder).artifact
-    config, backend = artifact.session_options, backend_of(artifact.target)
-    return backend.open(artifact.path, threads=threads, config=config)
+    options = artifact.session_options
+    return backend_of(artifact.target).open(artifact.path, threads=threads, config=options)
 
 
 def package(
