@@ -21,25 +21,30 @@ def extract(model: Model, inputs: Iterable[str], outputs: Sequence[str]) -> Mode
     An input may be a constant, which the caller then feeds; graph inputs that are still needed
     stay inputs. Facts do not carry over. Raises UnknownName for a value the model lacks.
     """
-    own = model.clone()
-    graph = own.graph
-    values = values_by_name(own)
-    inputs = tuple(inputs)
+    values = values_by_name(model)
+    inputs = tuple(dict.fromkeys(inputs))
     for name in (*inputs, *outputs):
         if name not in values:
             raise UnknownName("value", name, values)
-    fed = [_fed(graph, values[name]) for name in dict.fromkeys(inputs)]
-    values |= {value.name or "": value for value in fed}
-    graph.outputs.clear()
-    graph.outputs.extend(values[name] for name in outputs)
-    read = _needed(graph)
+    graph, fed = model.graph, [values[name] for name in inputs]
+    nodes, read = _needed(graph, [values[name] for name in outputs], set(map(id, fed)))
     used = [value for value in graph.inputs if id(value) in read]
-    for name in [n for n, value in graph.initializers.items() if id(value) not in read]:
-        graph.initializers.pop(name)
-    graph.inputs.clear()
-    graph.inputs.extend([*used, *(v for v in fed if v not in used)])
-    declare_functions(own.ir)
-    return Model(own.ir, model.source)
+    view = onnx_ir.GraphView(
+        [*used, *(value for value in fed if value not in used)],
+        [values[name] for name in outputs],
+        nodes=nodes,
+        initializers=[
+            v for v in graph.initializers.values() if id(v) in read and v.name not in inputs
+        ],
+        opset_imports=graph.opset_imports,
+        name=graph.name,
+    )
+    functions = list(model.ir.functions.values())
+    # Only what is needed is copied: a large model is extracted from once per layer.
+    own = onnx_ir.Model(view, ir_version=model.ir.ir_version, functions=functions).clone()
+    _feed(own.graph, inputs)
+    declare_functions(own)
+    return Model(own, model.source)
 
 
 def read_by(node: onnx_ir.Node) -> list[onnx_ir.Value]:
@@ -52,20 +57,17 @@ def read_by(node: onnx_ir.Node) -> list[onnx_ir.Value]:
     return values
 
 
-def _needed(graph: onnx_ir.Graph) -> set[int]:
-    """Remove the nodes no output depends on; the ids of all values that are still read.
-
-    The body of a removed node would count among the uses of what it captured.
-    """
-    read = set(map(id, graph.outputs))
-    unused = []
-    for node in reversed(list(graph)):
-        if any(id(value) in read for value in node.outputs):
+def _needed(
+    graph: onnx_ir.Graph, outputs: Iterable[onnx_ir.Value], fed: set[int]
+) -> tuple[list[onnx_ir.Node], set[int]]:
+    """The nodes that outputs depend on beyond what is fed; the ids of all values that are read."""
+    read = set(map(id, outputs))
+    nodes = []
+    for node in reversed(graph):
+        if any(id(value) in read and id(value) not in fed for value in node.outputs):
             read.update(map(id, read_by(node)))
-        else:
-            unused.append(node)
-    graph.remove(unused)
-    return read
+            nodes.append(node)
+    return nodes[::-1], read
 
 
 def values_by_name(model: Model) -> dict[str, onnx_ir.Value]:
@@ -76,16 +78,14 @@ def values_by_name(model: Model) -> dict[str, onnx_ir.Value]:
     return {value.name: value for value in named if value.name}
 
 
-def _fed(graph: onnx_ir.Graph, value: onnx_ir.Value) -> onnx_ir.Value:
-    """A graph input that stands for a value; whoever read the value reads the input."""
-    if value.is_graph_input():
-        return value
-    name = value.name or ""
-    fed = onnx_ir.Value(name=name, shape=value.shape, type=value.type)
-    value.replace_all_uses_with(fed, replace_graph_outputs=True)
-    if name in graph.initializers:
-        graph.initializers.pop(name)
-    else:
-        value.name = f"{name}#computed"
-    graph.inputs.append(fed)
-    return fed
+def _feed(graph: onnx_ir.Graph, names: Iterable[str]) -> None:
+    """Let inputs of these names be fed, and read by all who read what they stand for."""
+    inputs = {value.name: value for value in graph.inputs}
+    for name in names:
+        inputs[name].const_value = None
+    for node in graph:
+        for value in node.outputs:
+            if value.name in inputs:
+                name = value.name
+                value.replace_all_uses_with(inputs[name], replace_graph_outputs=True)
+                value.name = f"{name}#computed"
