@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from octavo.ir.calibration import Feed
 
 Outputs = dict[str, "NDArray[np.generic]"]
+# So many numbers are float64 at a time.
+_ELEMENTS = 1 << 20
 
 
 @final
@@ -77,16 +79,19 @@ class _Sums:
         if expected.shape != actual.shape:
             why = f"{actual.shape} instead of {expected.shape}"
             raise VerificationFailed(f"output '{name}' has another shape", why=why)
-        a, b = expected.astype(np.float64), actual.astype(np.float64)
-        if not np.isfinite(b).all() and np.isfinite(a).all():
+        if not np.isfinite(actual).all() and np.isfinite(expected).all():
             raise VerificationFailed(f"output '{name}' is not finite", why="the source's is")
-        self.error += float(np.square(a - b).sum())
-        self.reference += float(np.square(a).sum())
-        self.actual += float(np.square(b).sum())
-        self.product += float((a * b).sum())
-        if a.ndim >= 2 and a.shape[-1] >= 2:
-            self.rows += a[..., 0].size
-            self.same += int((a.argmax(-1) == b.argmax(-1)).sum())
+        flat, own = expected.reshape(-1), actual.reshape(-1)
+        for start in range(0, flat.size, _ELEMENTS):
+            part = slice(start, start + _ELEMENTS)
+            a, b = flat[part].astype(np.float64), own[part].astype(np.float64)
+            self.error += float(np.square(a - b).sum())
+            self.reference += float(np.square(a).sum())
+            self.actual += float(np.square(b).sum())
+            self.product += float(np.vdot(a, b))
+        if expected.ndim >= 2 and expected.shape[-1] >= 2:
+            self.rows += expected[..., 0].size
+            self.same += int((expected.argmax(-1) == actual.argmax(-1)).sum())
 
     @property
     def relative_error(self) -> float:

@@ -26,7 +26,7 @@ from octavo.cli.target import backend_of
 from octavo.ir.artifact import Artifact, Audit, Bench, Probes
 from octavo.ir.artifact_io import MODEL, Manifest, write_artifact
 from octavo.ir.cache import Cache
-from octavo.ir.calibration import Part
+from octavo.ir.calibration import Part, samples_of
 from octavo.ir.cost import AnalyticCost
 from octavo.ir.errors import UsageError
 from octavo.ir.facts import Plan, Ranges
@@ -40,6 +40,7 @@ from octavo.passes.allocate import Allocate
 from octavo.passes.base import PassContext
 from octavo.passes.pipeline import Pipeline
 from octavo.passes.record import Header, PassRecord, write_records
+from octavo.passes.sample_macs import affordable_samples, sample_macs
 
 if TYPE_CHECKING:
     from octavo.ir.calibration import Batches, Feed
@@ -50,6 +51,7 @@ Progress = Callable[[str, int, int], None]
 _PROBES = 2
 _DEFAULTS = Request()
 _COMPARED_SAMPLES = 16
+_COMPARED_MACS = 1e11
 # A source of fewer bytes is run beside the passes; a larger one would add to their memory.
 _SMALL_BYTES = 128 << 20
 
@@ -328,10 +330,12 @@ class _Job:
         batches = self.ctx.calibration
         if batches is None:
             return (self.feed,)
+        macs = sample_macs(self.model, self.ctx, batches)
+        enough = affordable_samples(macs, _COMPARED_MACS, _COMPARED_SAMPLES, _PROBES)
         feeds: list[Feed] = []
         for feed in batches:
             feeds.append(feed)
-            if sum(len(next(iter(f.values()))) for f in feeds) >= _COMPARED_SAMPLES:
+            if sum(map(samples_of, feeds)) >= enough:
                 break
         return tuple(feeds)
 

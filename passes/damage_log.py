@@ -12,6 +12,7 @@ from octavo.ir.calibration import first_samples, samples_of
 from octavo.ir.reference import Original, Reference
 from octavo.passes.instruments import Instrument
 from octavo.passes.output_damage import OutputDamage
+from octavo.passes.sample_macs import affordable_samples, sample_macs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     Outputs = Mapping[str, NDArray[np.generic]]
 
 _SAMPLES = 16
+# Of a large model fewer: both it and its outputs take time and memory.
+_MACS = 1e11
+_LEAST_SAMPLES = 2
 
 
 @final
@@ -48,10 +52,11 @@ class DamageLog(Instrument):
         if reference is None or ctx.calibration is None:
             return None
         damage = OutputDamage.of(reference.model)
+        # The reference's session ends before the model's begins.
+        known = self._expected(reference.model, ctx, ctx.calibration)
         run = ctx.evaluator.load(model)
         rows = [
-            damage.per_sample(expected, run(feed), samples_of(feed))
-            for feed, expected in self._expected(reference.model, ctx, ctx.calibration)
+            damage.per_sample(expected, run(feed), samples_of(feed)) for feed, expected in known
         ]
         return float(np.concatenate(rows).mean())
 
@@ -61,6 +66,8 @@ class DamageLog(Instrument):
         """Feeds with the outputs of the reference, which is run once."""
         key = f"{reference.fingerprint} {batches.sha256}"
         if key not in self._known:
+            macs = sample_macs(reference, ctx, batches)
+            samples = affordable_samples(macs, _MACS, _SAMPLES, _LEAST_SAMPLES)
             run = ctx.evaluator.load(reference)
-            self._known[key] = [(feed, run(feed)) for feed in first_samples(batches, _SAMPLES)]
+            self._known[key] = [(feed, run(feed)) for feed in first_samples(batches, samples)]
         return self._known[key]

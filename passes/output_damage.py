@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, final
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Metric = Literal["auto", "kl", "error"]
 Kind = Literal["logits", "probabilities", "values"]
 _TINY = 1e-12
+_ELEMENTS = 1 << 20
 _VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast", "Transpose")
 
 
@@ -79,34 +80,52 @@ def float_outputs(model: Model, damage: OutputDamage) -> list[str]:
     return [name for name in output_names(model) if name in damage.kinds and name in known]
 
 
-def _rows(array: NDArray[np.generic], samples: int) -> NDArray[np.float64]:
+def _rows(array: NDArray[np.generic], samples: int) -> NDArray[np.generic]:
     """`[samples, rows, last]`, or `[1, rows, last]` where the first axis counts something else."""
-    wide = array.astype(np.float64)
-    last = wide.shape[-1] if wide.ndim else 1
-    own = wide.ndim > 1 and wide.shape[0] == samples
-    middle = wide.shape[1:-1] if own else wide.shape[:-1]
-    return wide.reshape(samples if own else 1, math.prod(middle), last)
+    last = array.shape[-1] if array.ndim else 1
+    own = array.ndim > 1 and array.shape[0] == samples
+    middle = array.shape[1:-1] if own else array.shape[:-1]
+    return array.reshape(samples if own else 1, math.prod(middle), last)
+
+
+def _parts(
+    p: NDArray[np.generic], q: NDArray[np.generic]
+) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Some rows of both at a time, in float64: the logits of a vocabulary are large."""
+    count = max(1, _ELEMENTS // max(1, p.shape[0] * p.shape[2]))
+    for start in range(0, p.shape[1], count):
+        part = (slice(None), slice(start, start + count))
+        yield p[part].astype(np.float64), q[part].astype(np.float64)
 
 
 def _divergence(log_p: NDArray[np.float64], log_q: NDArray[np.float64]) -> NDArray[np.float64]:
+    """KL of every row, summed over rows."""
     rows = np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)
-    found: NDArray[np.float64] = np.maximum(rows, 0.0).mean(axis=-1)
+    found: NDArray[np.float64] = np.maximum(rows, 0.0).sum(axis=-1)
     return found
 
 
-def _of_logits(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
-    return _divergence(_log_softmax(p), _log_softmax(q))
+def _of_logits(p: NDArray[np.generic], q: NDArray[np.generic]) -> NDArray[np.float64]:
+    parts = (_divergence(_log_softmax(a), _log_softmax(b)) for a, b in _parts(p, q))
+    return np.asarray(sum(parts) / p.shape[1])
 
 
-def _of_probabilities(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
-    return _divergence(np.log(np.maximum(p, _TINY)), np.log(np.maximum(q, _TINY)))
+def _of_probabilities(p: NDArray[np.generic], q: NDArray[np.generic]) -> NDArray[np.float64]:
+    parts = (_divergence(_log(a), _log(b)) for a, b in _parts(p, q))
+    return np.asarray(sum(parts) / p.shape[1])
 
 
-def _of_values(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
-    error = np.square(p - q).sum(axis=(1, 2))
-    power = np.square(p).sum(axis=(1, 2))
+def _of_values(p: NDArray[np.generic], q: NDArray[np.generic]) -> NDArray[np.float64]:
+    error, power = np.zeros(p.shape[0]), np.zeros(p.shape[0])
+    for a, b in _parts(p, q):
+        error += np.square(a - b).sum(axis=(1, 2))
+        power += np.square(a).sum(axis=(1, 2))
     found: NDArray[np.float64] = error / np.maximum(power, _TINY)
     return found
+
+
+def _log(chances: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(np.log(np.maximum(chances, _TINY)))
 
 
 _SCORES = {"logits": _of_logits, "probabilities": _of_probabilities, "values": _of_values}
