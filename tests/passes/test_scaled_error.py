@@ -42,10 +42,15 @@ def _stack() -> Model:
     return read(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10))
 
 
-def test_a_measured_layer_has_its_measured_damage(calibrated: Calibrated) -> None:
+def test_a_measured_layer_has_its_measured_damage(
+    calibrated: Calibrated, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ctx, model = _offered(calibrated)
     assert ctx.calibration is not None
     data = ctx.calibration
+    every = estimator("scaled-error")(model, ctx, data, 64, "auto")
+    assert "9 of 9 groups measured" in every.metric
+    monkeypatch.setattr("octavo.passes.scaled_error._MEASURED_MACS", 0.0)
     found = estimator("scaled-error")(model, ctx, data, 64, "auto")
     truth = estimator("measured")(model, ctx, data, 64, "auto")
     errors = estimator("layer-error")(model, ctx, data, 64, "auto")
