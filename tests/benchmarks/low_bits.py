@@ -195,6 +195,23 @@ def _show(console: Console, name: str, rows: Sequence[Row], metric: str, score: 
     console.print(table)
 
 
+def _markdown(rows: Sequence[Row]) -> str:
+    """A line per width with bytes, damage and score of every method."""
+    methods = list(dict.fromkeys(row.method for row in rows))
+    lines = [f"| model, bits | {' | '.join(methods)} |", "|--" * (len(methods) + 1) + "|"]
+    for bits in dict.fromkeys(row.bits for row in rows):
+        cells = {row.method: _cell(row) for row in rows if row.bits == bits}
+        lines.append(f"| {rows[0].model} {bits} | {' | '.join(cells[m] for m in methods)} |")
+    return "\n".join(lines) + "\n\n"
+
+
+def _cell(row: Row) -> str:
+    if row.why:
+        return "–"
+    size = f"{row.bytes / 1e3:.0f} kB" if row.bytes < 1e6 else f"{row.bytes / 1e6:.2f} MB"
+    return f"{size} {row.damage:.2g} {'' if row.score is None else f'{row.score:.3f}'}".strip()
+
+
 def main(
     models: Annotated[list[str], typer.Option(help="A model; repeatable.")],
     bits: Annotated[list[int] | None, typer.Option(help="A width; repeatable.")] = None,
@@ -204,6 +221,7 @@ def main(
     activations: Annotated[bool, typer.Option(help="int8 activations too.")] = False,
     block: Annotated[int, typer.Option(help="Weight-only kernels with blocks.")] = 0,
     output: Annotated[Path | None, typer.Option("--json", help="Write the results there.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Add a table of methods there.")] = None,
 ) -> None:
     """Print bytes, damage and score of every method at every width."""
     chosen = {name: METHODS[name] for name in method or METHODS}
@@ -228,6 +246,9 @@ def main(
         headline = task.headline if task is not None else "score"
         _show(console, name, rows, bench.held_out.damage.text, headline)
         found += rows
+        if markdown is not None:
+            with markdown.open("a") as file:
+                file.write(_markdown(rows))
         if output is not None:
             output.write_text(json.dumps([asdict(row) for row in found], indent=2) + "\n")
 
