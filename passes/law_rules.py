@@ -216,15 +216,7 @@ def _convolution(
 ) -> Law | None:
     groups, channels = node.attributes.get_int("group", 1), weight.shape[1]
     own = law if law.axis == 1 and len(law.mean) == groups * channels else law.merged()
-    taps = weight.reshape(len(weight), channels, -1)
-    if groups == 1 or own.axis is None:
-        return own.linear(taps, bias, 1, reach)
-    # Every output reads the channels of its own group: one matrix with zeros elsewhere.
-    whole = np.zeros((len(weight), groups * channels, taps.shape[2]))
-    for row in range(len(weight)):
-        first = row * groups // len(weight) * channels
-        whole[row, first : first + channels] = taps[row]
-    return own.linear(whole, bias, 1, reach)
+    return own.linear(weight.reshape(len(weight), channels, -1), bias, 1, reach, groups)
 
 
 def _moved(node: onnx_ir.Node, kind: str, law: Law) -> Law:

@@ -106,19 +106,28 @@ class Law:
         ends = np.sort(np.stack([self.low * number, self.high * number]), axis=0)
         return Law(self.axis, self.mean * number, self.deviation * abs(number), ends[0], ends[1])
 
-    def linear(self, weight: Array, bias: Array | None, axis: int, reach: float) -> Law:
-        """After `weight` `[M, K, taps]` over K channels: moments of independent terms.
+    def linear(
+        self, weight: Array, bias: Array | None, axis: int, reach: float, groups: int = 1
+    ) -> Law:
+        """After `weight` `[M, K / groups, taps]` over K channels: moments of independent terms.
 
         Never wider than the sum of the extremes of all terms.
         """
         w = weight.astype(np.float64)
-        mean, variance = (np.broadcast_to(part, w.shape[1]) for part in (self.mean, self.deviation))
-        low, high = (np.broadcast_to(part, w.shape[1]) for part in (self.low, self.high))
+        rows, channels = w.shape[:2]
+
+        def over(of_weight: Array, of_channel: Array) -> Array:
+            """Σ over the channels of each row's own group, `[M]`."""
+            by_group = np.broadcast_to(of_channel, groups * channels).reshape(groups, channels, 1)
+            found = of_weight.sum(2).reshape(groups, rows // groups, channels) @ by_group
+            return found.reshape(rows)
+
         shift = 0.0 if bias is None else bias.astype(np.float64)
-        sums, squares = w.sum(2), np.square(w).sum(2)
-        found = Law.normal(axis, sums @ mean + shift, np.sqrt(squares @ np.square(variance)), reach)
-        up, down = np.maximum(w, 0).sum(2), np.minimum(w, 0).sum(2)
-        return found.within(up @ low + down @ high + shift, up @ high + down @ low + shift)
+        deviation = np.sqrt(over(np.square(w), np.square(self.deviation)))
+        found = Law.normal(axis, over(w, self.mean) + shift, deviation, reach)
+        up, down = np.maximum(w, 0), np.minimum(w, 0)
+        low = over(up, self.low) + over(down, self.high) + shift
+        return found.within(low, over(up, self.high) + over(down, self.low) + shift)
 
 
 def together(laws: Sequence[Law]) -> tuple[Law, ...]:
