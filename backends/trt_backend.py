@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
-from octavo.backends import ort_session, trt_check, trt_lowering
+from octavo.backends import ort_session, trt_check, trt_engine, trt_lowering
+from octavo.backends.fidelity import compare
+from octavo.backends.trt_commands import profiles
+from octavo.backends.trt_layers import audit_of
 from octavo.ir.artifact import Audit, AuditRow
 from octavo.ir.errors import UsageError
+from octavo.ir.read import read
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -40,7 +44,12 @@ class TensorRtBackend:
         return trt_check.check(path, self.target)
 
     def audit(self, artifact: Artifact, feed: Feed, *, threads: int = 1) -> Audit:
-        """The rules, and a build where the wheel is installed; kernels are never seen."""
+        """The layers of an engine built here, where there is a device; else the rules.
+
+        Without one kernels are not seen: the audit says so.
+        """
+        if trt_engine.version() is not None:
+            return _device_audit(artifact, feed, threads)
         found = self.check(artifact.path)
         errors = [finding for finding in found.findings if finding.error]
         by_node = {finding.node: finding for finding in errors}
@@ -84,6 +93,19 @@ class TensorRtBackend:
     def _untimed(self) -> UsageError:
         message = f"nothing here tells the seconds of {self.target.name}"
         return UsageError(message, hint="build on the device, with build_engine.sh")
+
+
+def _device_audit(artifact: Artifact, feed: Feed, threads: int) -> Audit:
+    """Build, look inside, run: types of the layers, latency, distance from the same on the CPU."""
+    engine = trt_engine.build(artifact.path, profiles(read(artifact.path)))
+    outputs, seconds = engine.run(feed)
+    expected = ort_session.make_session(artifact.path, threads=threads).run(feed)
+    distance = compare([expected], [outputs])
+    described = (
+        f"TensorRT {trt_engine.version()}: {seconds * 1e3:.3f} ms, relative error "
+        f"{distance.relative_error:.4f} against the same file on the CPU"
+    )
+    return audit_of(engine.layers(), artifact.planned, described)
 
 
 def _row(node: PlannedNode, errors: Mapping[str, Finding]) -> AuditRow:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from octavo.backends import trt_rtx
+from octavo.backends import trt_engine, trt_rtx
 from octavo.backends.trt_commands import profiles
 from octavo.backends.trt_rules import broken_rules
 from octavo.backends.trt_target import PART_OF
@@ -38,5 +38,7 @@ def check(path: Path, target: Target) -> Conformance:
 
 def unverified() -> tuple[str, ...]:
     """What nobody checks here, in sentences."""
+    if trt_engine.version() is not None:
+        return ()
     missing = () if trt_rtx.version() is not None else (f"{_BUILD}: {trt_rtx.INSTALL}",)
     return tuple(f"not verified: {text}" for text in (*missing, _KERNELS))
