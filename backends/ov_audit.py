@@ -11,7 +11,7 @@ import onnx
 
 from octavo.backends.bench import bench
 from octavo.backends.ov_session import environment, open_session
-from octavo.backends.ov_target import ATTENTION, OPENVINO
+from octavo.backends.ov_target import OPENVINO, SUBGRAPH
 from octavo.ir.artifact import Artifact, Audit, AuditRow, PlannedNode
 from octavo.ir.backend import Timing
 from octavo.ir.facts import Latencies
@@ -136,16 +136,16 @@ class _Merged:
             if waiting == [node] and found:
                 return found
             if found:
-                return [layer for layer in found if layer.kind == ATTENTION]
+                return [layer for layer in found if layer.kind == SUBGRAPH]
             values = (value for name in waiting for value in self.made.get(name, ()))
             waiting = [reader for value in values for reader in self.readers.get(value, ())]
         return ()
 
 
 def _owners(layer: Layer, heads: Mapping[str, str]) -> Iterator[str]:
-    """Decisions that a layer names; what it derives from a node is called `node/…`."""
+    """Decisions that a layer names; what is derived from `n` is called `n_original` or `n/…`."""
     for name in layer.names:
-        known = name
+        known = name.removesuffix("_original")
         while known and known not in heads:
             known = known.rpartition("/")[0]
         if known:

@@ -12,8 +12,8 @@ from octavo.backends.conditions import (
 )
 from octavo.ir.target import Condition, KernelRow, Target
 
-# One layer that computes several nodes, as an attention between its projections.
-ATTENTION = "Subgraph"
+# One layer that computes several nodes: an attention between its projections, a sum and its Relu.
+SUBGRAPH = "Subgraph"
 BLOCKS = (32, 64, 128)
 _MATRIX = ("FullyConnected", "MatMul", "Convolution")
 
@@ -75,12 +75,12 @@ _ROWS = (
     _matrix("Gemm", 1, 2, *gemm_conditions(0)),
     _matrix("Gemm", 0, 2, *gemm_conditions(1)),
     KernelRow(
-        "MatMul", "static", ("MatMul", ATTENTION), (0, 1), output="either",
+        "MatMul", "static", ("MatMul", SUBGRAPH), (0, 1), output="either",
         conditions=(float_inputs(0, 1),), speed=0.6,
         note="both inputs are activations; the products of an attention are one layer",
     ),
     KernelRow(
-        "Add", "static", ("Eltwise", *_MATRIX), (0, 1), output="either",
+        "Add", "static", ("Eltwise", SUBGRAPH, *_MATRIX), (0, 1), output="either",
         conditions=(float_inputs(0, 1),), speed=0.6,
         note="joins the convolution that makes one operand",
     ),
