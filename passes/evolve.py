@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, final
 if TYPE_CHECKING:
     import numpy as np
 
+    from octavo.passes.joint_moves import JointMoves
+
 Choice = Mapping[str, int]
 # (choices, stage) → fitness of each, lower is better; a later stage looks at more data.
 Fitness = Callable[[Sequence[Choice], int], Sequence[float]]
@@ -26,11 +28,12 @@ class Space:
     """What may be chosen: the levels of each group from small to large, and what fits.
 
     `levels` are indices of offers in rising order of bytes; `feasible` says whether the totals
-    of a choice keep to the budgets.
+    of a choice keep to the budgets. With `moves`, what a group may become depends on the others.
     """
 
     levels: Mapping[str, Sequence[int]]
     feasible: Callable[[Choice], bool]
+    moves: JointMoves | None = None
 
     def mutated(self, parent: Choice, rng: np.random.Generator) -> Choice | None:
         """A feasible neighbour: some groups one level higher, then others lower until it fits.
@@ -59,10 +62,19 @@ class Space:
         movable = self.neighbours(child, by)
         if movable:
             group, level = movable[int(rng.integers(len(movable)))]
-            child[group] = level
+            child.update(self.moved(child, group, level))
+
+    def moved(self, choice: Choice, group: str, level: int) -> dict[str, int]:
+        """The choice with a group at another level."""
+        made = {**choice, group: level}
+        return made if self.moves is None else self.moves.moved(choice, group, level)
+
+    def rungs(self, choice: Choice, group: str) -> Sequence[int]:
+        """The levels that a group has, given what the others are."""
+        return self.levels[group] if self.moves is None else self.moves.rungs(choice, group)
 
     def _next(self, choice: Choice, group: str, by: int) -> int | None:
-        known = list(self.levels[group])
+        known = list(self.rungs(choice, group))
         if choice[group] not in known:
             return None
         at = known.index(choice[group]) + by

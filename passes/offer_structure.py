@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, final
 
+from octavo.ir.calibration import Part, first_samples
 from octavo.ir.errors import UsageError
 from octavo.ir.facts import Fact
 from octavo.ir.menu import Menu, Sensitivity, Units
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from octavo.passes.base import PassContext
 
 _KINDS = ("channels", "heads")
+# Of the half of the data that repair is fitted to.
+_FITTED_SAMPLES = 512
 
 
 @final
@@ -36,12 +39,12 @@ class OfferStructure(Pass):
 
     **What it does.** Every set of axes that can only shrink together becomes a decision of its
     own, with `widths` numbers of units that may stay. Damage is measured with that one width, its
-    readers repaired by the moments of the calibration data. What a layer's other options take is
-    offered at every width of what it reads and gives: bytes by its shapes, seconds from copies of
-    the model that are measured at some widths, interpolated. Layers whose widths stay whole are
-    offered as two of lower rank as well, at shares `ranks` of the rank that saves nothing, with
-    the damage of the best such weight on the data. `allocate` then decides widths and
-    bits in one programme, and `apply-structure` executes them.
+    readers repaired by the moments of half of the calibration data, on the other half. What a
+    layer's other options take is offered at every width of what it reads and gives: bytes by its
+    shapes, seconds from copies of the model that are measured at some widths, interpolated. Layers
+    whose widths stay whole are offered as two of lower rank as well, at shares `ranks` of the rank
+    that saves nothing, with the damage of the best such weight on the data. `allocate` then decides
+    widths, ranks and bits in one programme, and `apply-structure` executes them.
     **Why.** Half of the channels in 8 bits and all of them in 4 take the same bytes and do very
     different things to outputs and to seconds.
     **When it does not apply.** No calibration data: nothing tells what a width costs. Axes of
@@ -75,7 +78,8 @@ class OfferStructure(Pass):
         if ctx.calibration is None:
             ctx.remark("note", "", "no calibration data: no structure is offered")
             return model
-        pruner = Pruner.of(model, ctx, self.score, "least-squares", self.samples)
+        seen = replace(ctx, calibration=Part(ctx.calibration, 0))
+        pruner = Pruner.of(model, seen, self.score, "least-squares", _FITTED_SAMPLES)
         shapes = WidthShapes.of(model, [pruner.groups[n] for n in self._names(model, pruner)])
         levels = {
             name: (group.units, *some)
@@ -88,7 +92,8 @@ class OfferStructure(Pass):
         shapes = WidthShapes(model, {name: shapes.groups[name] for name in levels})
         copies = designs(levels, self.copies, ctx.rng(self.name))
         seconds = WidthSeconds.of(shapes, ctx, copies)
-        loss = output_loss(pruner, self.samples)
+        unseen = replace(pruner, feeds=tuple(first_samples(Part(ctx.calibration, 1), self.samples)))
+        loss = output_loss(unseen, self.samples)
         if loss is None:
             raise UsageError("nothing of the outputs can be compared", where=self.name)
         damages = self._damages(pruner, loss, levels)
@@ -118,8 +123,8 @@ class OfferStructure(Pass):
         moments = model.find(Moments)
         if moments is None or not moments.by_weight:
             assert ctx.calibration is not None
-            wanted = quantizable(model, ctx)
-            moments = collected(model, ctx, wanted, ctx.calibration, samples=self.samples)
+            wanted, seen = quantizable(model, ctx), Part(ctx.calibration, 0)
+            moments = collected(model, ctx, wanted, seen, samples=_FITTED_SAMPLES)
         return RankOffers.of(model, ctx, moments, loss, self.ranks, self.round_to)
 
     def _damages(

@@ -31,8 +31,10 @@ if TYPE_CHECKING:
     Float64 = NDArray[np.float64]
     Mask = NDArray[np.bool_]
 
-# The pull towards the weight as it is, relative to the mean diagonal.
+# The pull towards the weight as it is, relative to the mean diagonal: the least, and those that
+# are tried on the half of the samples that a layer was not fitted to.
 _DAMPING = 0.003
+_DAMPINGS = (0.003, 0.03, 0.3, 3.0)
 _SHIFT_DAMPING = 1e-9
 _TINY = 1e-30
 
@@ -56,7 +58,9 @@ class Normal:
         both = np.einsum("gnk,gnk->", self.wanted, rows)
         return max(float(ours - 2 * both) + self.power, 0.0) / max(self.power, _TINY)
 
-    def solve(self, rows: Float64, kept: Mask, shifted: bool) -> Float64:
+    def solve(
+        self, rows: Float64, kept: Mask, shifted: bool, damping_share: float = _DAMPING
+    ) -> Float64:
         """The rows that give y best, from `kept` columns and maybe a shift.
 
         `rows` are where the pull of the damping leads.
@@ -64,7 +68,7 @@ class Normal:
         chosen = np.flatnonzero(np.append(kept, shifted))
         second = self.second[:, chosen[:, None], chosen[None, :]]
         mean = np.einsum("gkk->g", second) / max(int(kept.sum()), 1)
-        damping = _DAMPING * np.where(mean > 0, mean, 1.0)[:, None] * np.ones(chosen.size)
+        damping = damping_share * np.where(mean > 0, mean, 1.0)[:, None] * np.ones(chosen.size)
         if shifted:
             damping[:, -1] = _SHIFT_DAMPING
         damped = second + damping[:, :, None] * np.eye(chosen.size)
@@ -73,6 +77,37 @@ class Normal:
         step = np.linalg.solve(damped, missing.transpose(0, 2, 1)).transpose(0, 2, 1)
         found[:, :, chosen] = rows[:, :, chosen] + step
         return found
+
+
+def pooled(normals: Sequence[Normal]) -> Normal:
+    """The normal equations of all samples, from those of parts of as many each."""
+    share = 1 / len(normals)
+    return Normal(
+        np.asarray(sum(n.second for n in normals) * share),
+        np.asarray(sum(n.wanted for n in normals) * share),
+        sum(n.power for n in normals) * share,
+    )
+
+
+def best_damping(
+    normals: Sequence[Normal], rows: Float64, kept: Mask, shifted: bool
+) -> float | None:
+    """The damping whose fit to one half is best on the other, both ways round.
+
+    `None` where the rows as they are do better on what a fit has not seen. The least damping
+    where there is one part only.
+    """
+    if len(normals) < 2:
+        return _DAMPING
+    pairs = ((0, 1), (1, 0))
+    unseen = {
+        damping: sum(
+            normals[b].error(normals[a].solve(rows, kept, shifted, damping)) for a, b in pairs
+        )
+        for damping in _DAMPINGS
+    }
+    best = min(unseen, key=unseen.__getitem__)
+    return best if unseen[best] < sum(normal.error(rows) for normal in normals) else None
 
 
 def without_units(model: Model, removed: Mapping[AxisGroup, Collection[int]]) -> None:
@@ -146,7 +181,7 @@ def repair_from_moments(
         second = moments[layer.key]
         wanted = target @ second[:, :-1, :]
         power = float(np.einsum("gnk,gnk->", wanted[:, :, :-1], target))
-        _solve(rewrite, layer, Normal(second, wanted, power))
+        _solve(rewrite, layer, [Normal(second, wanted, power)])
 
 
 def _fit(
@@ -156,18 +191,19 @@ def _fit(
     # Outputs that are gone have no target.
     there = np.asarray(layer.rows().any(axis=2))
     branch = _branch(affine) if affine is not None else ""
-    normal = _normal(layer, target, there, (ours, theirs), branch)
-    _solve(rewrite, layer, normal)
+    _solve(rewrite, layer, _normals(layer, target, there, (ours, theirs), branch))
 
 
-def _solve(rewrite: Rewrite, layer: Reader, normal: Normal) -> None:
+def _solve(rewrite: Rewrite, layer: Reader, normals: Sequence[Normal]) -> None:
     """Give a layer its least-squares rows and shift, and report the errors."""
+    normal = pooled(normals)
     affine = AffineLayer.of(layer.node)
     shifted = affine is not None and affine.bias() is not None
     groups, count, wide = normal.wanted.shape
     rows = np.zeros((groups, count, wide))
     rows[:, :, :-1] = layer.rows()
-    found = normal.solve(rows, layer.units < 0, shifted)
+    damping = best_damping(normals, rows, layer.units < 0, shifted)
+    found = rows if damping is None else normal.solve(rows, layer.units < 0, shifted, damping)
     before, after = normal.error(rows), normal.error(found)
     name, ctx = layer.node.name or "", rewrite.ctx
     if not after < before:
@@ -197,20 +233,34 @@ def _set_rows(layer: Reader, rows: Float64) -> None:
     value.const_value = onnx_ir.tensor(array, value.const_value.dtype, name=value.name)
 
 
+def _normals(
+    layer: Reader,
+    target: Float32,
+    there: Mask,
+    walks: tuple[OperandWalk, OperandWalk],
+    branch: str,
+) -> list[Normal]:
+    """The normal equations of every second feed, and of the others; of all where there is one."""
+    feeds = walks[0].walk.feeds
+    parts = [range(k, len(feeds), 2) for k in range(min(2, len(feeds)))]
+    return [_normal(layer, target, there, walks, branch, part) for part in parts]
+
+
 def _normal(
     layer: Reader,
     target: Float32,
     there: Mask,
     walks: tuple[OperandWalk, OperandWalk],
     branch: str,
+    part: Sequence[int],
 ) -> Normal:
     matrix, feeds = layer.matrix, walks[0].walk.feeds
     wide = matrix.width + 1
     second = np.zeros((matrix.groups, wide, wide))
     wanted = np.zeros((*target.shape[:2], wide))
     power, total, count = 0.0, 0, sum(map(samples_of, feeds))
-    for at, feed in enumerate(feeds):
-        limit = enough_columns(matrix.width, count) * samples_of(feed)
+    for at in part:
+        limit = enough_columns(matrix.width, count) * samples_of(feeds[at])
         now, then = (matrix.columns(walk.walk.read(at, layer.operand), limit, at) for walk in walks)
         y = np.matmul(then, target.transpose(0, 2, 1))
         sums = [_outputs(layer, walk, at, branch, limit) for walk in walks]

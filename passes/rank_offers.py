@@ -17,6 +17,9 @@ from octavo.passes.rewrite import Rewrite
 from octavo.passes.width_seconds import cost_of
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from octavo.ir.evaluate import CostModel
     from octavo.ir.facts import Option
     from octavo.ir.model import Model
@@ -142,6 +145,20 @@ class _Split:
         made = [self.factors[name][1] for name in options]
         left = [each.rank * each.form.per_rank / each.form.whole for each in made]
         return sum(left) / len(left)
+
+
+def factored(
+    nodes: Sequence[onnx_ir.Node], ranks: Mapping[str, LowRank], moments: Moments
+) -> dict[str, NDArray[np.generic]]:
+    """The weights that layers of lower rank are together, by the constant they stand for."""
+    found: dict[str, NDArray[np.generic]] = {}
+    for node in nodes:
+        low, layer = ranks[node.name or ""], low_rank_layer(node, moments)
+        form = next(form for form in layer.forms if form.kind == low.form)
+        weight = node.inputs[1]
+        assert weight is not None
+        found[weight.name or ""] = layer.factors(form, low.rank).product
+    return found
 
 
 def _node_bytes(node: onnx_ir.Node) -> int:

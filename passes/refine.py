@@ -18,6 +18,7 @@ from octavo.ir.versions import versions
 from octavo.passes.allocate import choice_of, names_of, plan_of
 from octavo.passes.base import Pass
 from octavo.passes.evolve import Search, Space
+from octavo.passes.joint_moves import JointMoves, methods_at
 from octavo.passes.output_damage import Metric, OutputDamage, summary
 from octavo.passes.planning import Planning
 from octavo.passes.programme import keeps
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from octavo.ir.calibration import Batches, Feed
-    from octavo.ir.menu import Offer
     from octavo.ir.model import Model
     from octavo.passes.base import PassContext
     from octavo.passes.evolve import Choice
@@ -53,7 +53,8 @@ class Refine(Pass):
     damages' roots and those of the estimators in `starts`. It draws plans that keep to the budgets
     and evaluates each on half of the calibration data (EvoPress, arXiv 2410.14649). `swap` gives
     one group a level more and another one less, by their estimated damages (LampQ, arXiv
-    2511.10004). The other half of the data decides: the plan found replaces the one the search
+    2511.10004). Widths move as bits do; what goes is zero then, and its readers repaired by
+    moments. The other half of the data decides: the plan found replaces the one the search
     began with where it saves more than one standard error.
     **Why.** Errors of several layers cancel or compound, which no sum of damages knows.
     **When it does not apply.** No group has two levels that round activations alike, or there
@@ -81,12 +82,16 @@ class Refine(Pass):
         menu, solution = model.fact(Menu), model.fact(Solution)
         start = choice_of(menu, solution.options)
         levels = levels_of(menu, start)
-        if batches is None or len(levels) < 2 or self.seconds <= 0:
+        movable = {**levels, **{name: range(len(menu.offers[name])) for name in menu.widths}}
+        if batches is None or len(movable) < 2 or self.seconds <= 0:
             ctx.remark("note", "", "nothing to refine: no data, or fewer than two groups to move")
             return model
         limits = hard_limits(solution)
-        space = Space(levels, partial(_feasible, Planning(model, ctx), limits))
-        trial = Trials.of(model, ctx, batches, self._fewer(model, ctx, batches), list(levels))
+        moves = JointMoves(menu) if menu.widths else None
+        space = Space(movable, partial(_feasible, Planning(model, ctx), limits), moves)
+        # A width changes the weights of groups that have no other offer.
+        fed = [n for n, group in menu.groups.items() if group.nodes] if menu.widths else levels
+        trial = Trials.of(model, ctx, batches, self._fewer(model, ctx, batches), list(fed))
         key = self._key(model, batches, start, levels)
         ends = _known(ctx, key, menu) or self._search(space, trial, ctx, start, model)
         if ctx.cache is not None:
@@ -133,7 +138,7 @@ class Refine(Pass):
             damages = _estimates(model)
             fitness = partial(trial.fitness, stage=2)
             return start, swapped(space, damages, fitness, start, self.seconds)
-        first = self._best_start(trial, ctx, start, model, space.levels)
+        first = self._best_start(trial, ctx, start, model, levels_of(model.fact(Menu), start))
         search = Search(
             space, trial.fitness, ctx.rng("refine"),
             offspring=self.offspring, generations=self.generations, seconds=self.seconds,
@@ -189,14 +194,16 @@ def _known(ctx: PassContext, key: str, menu: Menu) -> tuple[Choice, Choice] | No
 def levels_of(menu: Menu, choice: Choice) -> dict[str, list[int]]:
     """Offers a group may move between: those that compute as the chosen one, by rising bytes.
 
-    Widths and ranks stay.
+    Widths stay.
     """
     levels, widths = {}, menu.widths
     for name, index in choice.items():
         if name in widths:
             continue
         offers = menu.offers[name]
-        alike = [k for k, offer in enumerate(offers) if _kind(offer) == _kind(offers[index])]
+        alike = [
+            k for k, offer in enumerate(offers) if methods_at(offer) == methods_at(offers[index])
+        ]
         if len(alike) > 1:
             levels[name] = sorted(alike, key=lambda k: (offers[k].bytes, k))
     return levels
@@ -259,11 +266,6 @@ class Trials:
             for feed, reference in data
         ]
         return np.concatenate(rows)
-
-
-def _kind(offer: Offer) -> tuple[object, ...]:
-    methods = (option.method for option in offer.options.values())
-    return (*methods, *sorted(offer.needs.items()), *sorted(offer.ranks))
 
 
 def _feasible(planning: Planning, limits: Mapping[str, float], choice: Choice) -> bool:

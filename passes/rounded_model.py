@@ -13,13 +13,16 @@ from octavo.ir.extract import extract
 from octavo.ir.facts import Plan
 from octavo.ir.fake_quant import DOMAIN, constant, params_of
 from octavo.ir.menu import Menu
+from octavo.ir.moments import Moments
 from octavo.ir.quant import PerTensor
 from octavo.passes.activation_rounding import ActivationRounding
 from octavo.passes.base import Recorder
 from octavo.passes.insert_fake_quant import InsertFakeQuant
+from octavo.passes.narrow_models import NarrowModels
 from octavo.passes.offered_rounding import OfferedRounding
 from octavo.passes.output_damage import output_names
 from octavo.passes.place_quantizers import PlaceQuantizers
+from octavo.passes.rank_offers import factored
 from octavo.passes.rounding import rounder_of
 
 if TYPE_CHECKING:
@@ -44,12 +47,20 @@ class RoundedModel:
 
     run: Callable[[Feed], Values]
     roundings: Mapping[str, OfferedRounding]
-    rounded: dict[tuple[str, int], Values] = field(default_factory=dict)
+    narrow: NarrowModels | None = None
+    moments: Moments | None = None
+    rounded: dict[tuple[object, ...], Values] = field(default_factory=dict)
 
     @staticmethod
     def of(model: Model, ctx: PassContext, groups: Sequence[str]) -> RoundedModel:
-        """The model with the plan's activation quantizers; weights of `groups` are fed."""
-        menu = model.fact(Menu)
+        """The model with the plan's activation quantizers; weights of `groups` are fed.
+
+        Where the menu has widths, so is all that they change.
+        """
+        menu, narrow = model.fact(Menu), None
+        if menu.widths:
+            narrow = NarrowModels.of(model, ctx)
+            model = narrow.model
         nodes = {node.name or "": node for node in model.graph}
         activations = ActivationRounding(ctx.evaluator)
         roundings = {
@@ -60,23 +71,38 @@ class RoundedModel:
             for name in groups
         }  # fmt: skip
         weights = [value for r in roundings.values() for value in r.constants]
+        if narrow is not None:
+            weights = list(dict.fromkeys((*weights, *narrow.constants(model))))
         graph = extract(_with_activations(model, ctx), weights, output_names(model))
         _with_pairs(graph)
-        return RoundedModel(ctx.evaluator.load(graph), roundings)
+        return RoundedModel(ctx.evaluator.load(graph), roundings, narrow, model.find(Moments))
 
     def weights(self, choice: Mapping[str, int]) -> Values:
         """The weights of a choice of offers, by the value that is read."""
         fed: Values = {}
+        model = self.narrow.at(choice) if self.narrow is not None else None
+        if self.narrow is not None and model is not None:
+            fed |= self.narrow.constants(model)
+        widths = self.narrow.widths(choice) if self.narrow is not None else ()
         for group, index in choice.items():
             if group in self.roundings:
-                fed |= self._rounded(group, index)
+                fed |= self._rounded(group, index, widths, model)
         return fed
 
-    def _rounded(self, group: str, index: int) -> Values:
-        key = (group, index)
+    def _rounded(
+        self, group: str, index: int, widths: tuple[str, ...], model: Model | None
+    ) -> Values:
+        key = (group, index, *widths)
         if key not in self.rounded:
             rounding = self.roundings[group]
-            made = {**rounding.constants, **rounding.rounded(rounding.offers[index])}
+            if model is not None:
+                own = {node.name: node for node in model.graph}
+                rounding = replace(rounding, nodes=[own[node.name] for node in rounding.nodes])
+            offer = rounding.offers[index]
+            if offer.ranks:
+                made = factored(rounding.nodes, offer.ranks, self.moments or Moments({}))
+            else:
+                made = {**rounding.constants, **rounding.rounded(offer)}
             size = sum(a.nbytes for kept in (*self.rounded.values(), made) for a in kept.values())
             if size > _KEPT_BYTES:
                 self.rounded.clear()

@@ -43,7 +43,8 @@ def _best_swap(
         key=lambda pair: (-pair[0], pair[1:]),
     )
     for gain, a, i, b, j in pairs:
-        child = {**choice, a: i, b: j}
-        if gain > 0 and space.feasible(child):
+        child = space.moved(choice, a, i)
+        child = space.moved(child, b, j) if j in space.rungs(child, b) else {}
+        if gain > 0 and child and space.feasible(child):
             return child
     return None

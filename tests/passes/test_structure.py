@@ -18,15 +18,19 @@ from octavo.backends.ort_lowering import lower
 from octavo.ir.cost import AnalyticCost
 from octavo.ir.errors import BudgetInfeasible
 from octavo.ir.facts import FLOAT, Option
-from octavo.ir.menu import Menu, Solution
+from octavo.ir.menu import Menu, Sensitivity, Solution, Units
 from octavo.ir.model import Model
 from octavo.ir.read import read
 from octavo.ir.reference import Original
-from octavo.passes.allocate import plan_of
+from octavo.passes.allocate import choice_of, plan_of
 from octavo.passes.base import PassContext
+from octavo.passes.evolve import Space
+from octavo.passes.joint_moves import JointMoves
+from octavo.passes.narrow_models import NarrowModels
 from octavo.passes.pipeline import Pipeline
 from octavo.passes.planning import Planning
 from octavo.passes.programme import Programme
+from octavo.passes.rounded_model import RoundedModel
 from octavo.passes.solve import solve
 from octavo.passes.width_seconds import WidthSeconds, designs, nonnegative
 from octavo.passes.width_shapes import WidthShapes
@@ -178,8 +182,6 @@ def widened(menu: Menu, choice: dict[str, int]) -> Iterator[tuple[str, int]]:
 
 def built_with(model: Model, ctx: PassContext, choice: dict[str, int]) -> Model:
     """The model with a choice executed, up to its FakeQuants."""
-    from octavo.ir.menu import Sensitivity
-
     menu = model.fact(Menu)
     names = {name: menu.offers[name][index].name for name, index in choice.items()}
     solution = Solution("", "damage", 0, 0, "", {}, {}, names)
@@ -263,3 +265,58 @@ def test_where_nothing_can_go_bits_alone_are_offered(
     compiled = Pipeline.parse(OFFERED).run(model, calibrated(model, 8))
     assert not compiled.model.fact(Menu).widths
     assert compiled.records[-1].remarks[-1].text.startswith("nothing could go: it is an axis of")
+
+
+def test_fed_widths_compute_what_the_cut_model_computes(
+    offered: tuple[Model, PassContext], feed_of: Callable[..., dict[str, np.ndarray]]
+) -> None:
+    model, ctx = offered
+    menu = model.fact(Menu)
+    narrow, whole = NarrowModels.of(model, ctx), dict.fromkeys(menu.groups, 0)
+    plan = plan_of(menu, model.fact(Sensitivity), whole, "")
+    rounded = RoundedModel.of(model.with_fact(plan), ctx, list(plan.by_node))
+    for name in menu.widths:
+        for index, offer in enumerate(menu.offers[name]):
+            choice = JointMoves(menu).moved(whole, name, index)
+            assert Planning(model, ctx).programme.agrees(choice)
+            made = narrow.at(choice)
+            smaller = made.clone()
+            group = model.fact(Units).axis_group[name]
+            narrow.pruner.cut(smaller, {group: model.fact(Units).removed[name][offer.name]})
+            feed = feed_of(model, 5, 8)
+            truth = ctx.evaluator.run(smaller, feed)["y"]
+            fed = rounded.run({**feed, **rounded.weights(choice)})["y"]
+            np.testing.assert_allclose(fed, truth, rtol=0, atol=FLOAT32 * np.abs(truth).max())
+
+
+def test_refinement_with_widths_keeps_the_budget(
+    offered: tuple[Model, PassContext],
+) -> None:
+    model, ctx = offered
+    whole = dict.fromkeys(model.fact(Menu).groups, 0)
+    limit = 0.8 * Planning(model, ctx).programme.totals(whole)["bytes"]
+    text = f"allocate{{size={limit:.0f},latency=none}},refine{{generations=4,seconds=60,starts=}}"
+    found = Pipeline.parse(text).run(model, ctx)
+    solution, menu = found.model.fact(Solution), found.model.fact(Menu)
+    choice = choice_of(menu, solution.options)
+    programme = Planning(found.model, ctx).programme
+    assert programme.agrees(choice)
+    assert programme.totals(choice)["bytes"] <= limit
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_moves_keep_what_offers_need(offered: tuple[Model, PassContext], seed: int) -> None:
+    model, ctx = offered
+    menu, programme = model.fact(Menu), Planning(model, ctx).programme
+    space = Space(dict.fromkeys(menu.groups, ()), lambda _: True, JointMoves(menu))
+    choice: dict[str, int] = dict.fromkeys(menu.groups, 0)
+    rng, seen = np.random.default_rng(seed), set()
+    for _ in range(40):
+        by = int(rng.choice([-1, 1]))
+        if not (some := space.neighbours(choice, by)):
+            continue
+        group, level = some[int(rng.integers(len(some)))]
+        choice = space.moved(choice, group, level)
+        assert programme.agrees(choice)
+        seen.add(tuple(choice[name] for name in menu.widths))
+    assert len(seen) > 2
