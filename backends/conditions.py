@@ -94,3 +94,14 @@ def gemm_conditions(transposed: int) -> tuple[Condition, ...]:
         attribute("beta", 1.0, 1.0),
         VECTOR_BIAS,
     )
+
+
+def _from_convolution(node: onnx_ir.Node) -> bool:
+    """Whether a convolution makes an operand for this node alone."""
+    makers = ((v, v.producer()) for v in node.inputs if v is not None)
+    return any(
+        made is not None and made.op_type == "Conv" and len(v.uses()) == 1 for v, made in makers
+    )
+
+
+RESIDUAL = Condition("a sum with the output of a convolution", _from_convolution)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from octavo.backends.conditions import (
+    RESIDUAL,
     attribute,
     float_constant,
     float_inputs,
@@ -81,7 +82,7 @@ _ROWS = (
     ),
     KernelRow(
         "Add", "static", ("Eltwise", SUBGRAPH, *_MATRIX), (0, 1), output="either",
-        conditions=(float_inputs(0, 1),), speed=0.6,
+        conditions=(float_inputs(0, 1), RESIDUAL), speed=0.6,
         note="joins the convolution that makes one operand",
     ),
     KernelRow(

@@ -10,7 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
-from octavo.backends.conditions import attribute, float_constant, gemm_conditions, group, rank
+from octavo.backends.conditions import (
+    RESIDUAL,
+    attribute,
+    float_constant,
+    gemm_conditions,
+    group,
+    rank,
+)
 from octavo.ir.target import Condition, KernelRow, Target
 
 if TYPE_CHECKING:
@@ -57,15 +64,6 @@ PARTS = (
 )
 
 
-def _from_convolution(node: onnx_ir.Node) -> bool:
-    """Whether a convolution makes an operand for this node alone."""
-    makers = ((v, v.producer()) for v in node.inputs if v is not None)
-    return any(
-        made is not None and made.op_type == "Conv" and len(v.uses()) == 1 for v, made in makers
-    )
-
-
-_RESIDUAL = Condition("a sum with the output of a convolution", _from_convolution)
 _DIVISIBLE = Condition(
     f"rows of the weight that are whole blocks of {BLOCKS[0]}",
     lambda node: _rows(node) % BLOCKS[0] == 0,
@@ -114,7 +112,7 @@ _ROWS = (
     _matrix("Gemm", 1, 2, *gemm_conditions(0)),
     _matrix("Gemm", 0, 2, *gemm_conditions(1)),
     KernelRow(
-        "Add", "static", ("Add",), (0, 1), output="either", conditions=(_RESIDUAL,), speed=0.5,
+        "Add", "static", ("Add",), (0, 1), output="either", conditions=(RESIDUAL,), speed=0.5,
         note="joins the convolution that makes one operand; the other is quantized",
     ),
     KernelRow(
