@@ -16,6 +16,7 @@ import pytest
 from octavo.backends import trt_rtx
 from octavo.backends.ort_lowering import lower as lower_for_ort
 from octavo.backends.ort_session import OrtEvaluator, make_session
+from octavo.backends.trt_backend import TensorRtBackend
 from octavo.backends.trt_check import check
 from octavo.backends.trt_lowering import lower
 from octavo.backends.trt_rules import broken_rules
@@ -258,3 +259,8 @@ def test_public_models_conform_and_compile(
     weighted = [node for node in artifact.planned if node.option.startswith("static:")]
     assert len(weighted) > 30
     assert [f for f in check(artifact.path, _SM86).findings if f.error] == []
+    feed = next(iter(ctx.calibration or ()))
+    truth, expected = (OrtEvaluator(threads=1).run(model, feed) for model in (source, planned))
+    session = TensorRtBackend(_SM86).open(artifact.path, threads=1)
+    # Codes that move by one step add up over the layers: what counts is the distance from float.
+    assert _error(session.run(feed), truth) < 1.2 * _error(expected, truth)

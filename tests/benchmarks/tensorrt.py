@@ -12,6 +12,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import chdir
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, final
@@ -72,10 +73,10 @@ def compiled(case: Case, target: str, folder: Path) -> Row:
 
 
 def peers(case: Case, target: str, folder: Path) -> Iterator[Row]:
-    """Files of onnxruntime's quantizers for the same model."""
+    """Files of onnxruntime's quantizers for the same model, which they can read."""
     import peers as tools
 
-    for name in _PEERS:
+    for name in [n for n in _PEERS if not case.peers or n in case.peers]:
         path, arguments = folder / f"{name}.onnx", []
         if "static" in name:
             if case.calibration is None:
@@ -85,7 +86,9 @@ def peers(case: Case, target: str, folder: Path) -> Iterator[Row]:
             if data.is_dir():
                 continue
             arguments = [data]
-        tools.TOOLS[name](case.model(), path, *arguments)
+        with chdir(folder):
+            # It leaves files in the current folder.
+            tools.TOOLS[name](case.model(), path, *arguments)
         yield _row(case.name, name, path, target)
 
 
