@@ -41,7 +41,11 @@ def extract(model: Model, inputs: Iterable[str], outputs: Sequence[str]) -> Mode
     )
     functions = list(model.ir.functions.values())
     # Only what is needed is copied: a large model is extracted from once per layer.
-    own = onnx_ir.Model(view, ir_version=model.ir.ir_version, functions=functions).clone()
+    own = onnx_ir.Model(
+        view.clone(),
+        ir_version=model.ir.ir_version,
+        functions=[function.clone() for function in functions],
+    )
     _feed(own.graph, inputs)
     declare_functions(own)
     return Model(own, model.source)
@@ -86,6 +90,6 @@ def _feed(graph: onnx_ir.Graph, names: Iterable[str]) -> None:
     for node in graph:
         for value in node.outputs:
             if value.name in inputs:
-                name = value.name
-                value.replace_all_uses_with(inputs[name], replace_graph_outputs=True)
-                value.name = f"{name}#computed"
+                fed = inputs[value.name]
+                value.replace_all_uses_with(fed, replace_graph_outputs=True)
+                value.name = f"{fed.name}#computed"

@@ -140,8 +140,10 @@ class ChooseKernels(Pass):
         integer = ctx.cost.seconds(node, method) if allowed else None
         if integer is None:
             return seconds
-        # Nothing averages the error of an output layer: its kernel has to save more.
-        least = _OUTPUT_GAIN * total if _is_output(node) else 0.0
+        # Nothing averages the error of an output layer: its kernel has to save more. Blocks of few
+        # bits lose in the weight whoever multiplies it, and a table that is tied to it is shared.
+        rounds = not self.weight_only or self.bits == _BYTE
+        least = _OUTPUT_GAIN * total if _is_output(node) and rounds else 0.0
         if seconds["float"] - integer > least:
             seconds[method] = integer
         return seconds

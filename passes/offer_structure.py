@@ -60,7 +60,7 @@ class OfferStructure(Pass):
     preserves = (Fact,)
 
     widths: int = 5
-    ranks: tuple[float, ...] = (0.25, 0.5)
+    ranks: tuple[float, ...] = ()
     round_to: int = 8
     score: Score = "surgeon"
     samples: int = 64

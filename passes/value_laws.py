@@ -120,7 +120,7 @@ class Law:
             """Σ over the channels of each row's own group, `[M]`."""
             by_group = np.broadcast_to(of_channel, groups * channels).reshape(groups, channels, 1)
             found = of_weight.sum(2).reshape(groups, rows // groups, channels) @ by_group
-            return found.reshape(rows)
+            return np.asarray(found.reshape(rows))
 
         shift = 0.0 if bias is None else bias.astype(np.float64)
         deviation = np.sqrt(over(np.square(w), np.square(self.deviation)))

@@ -31,7 +31,7 @@ from octavo.ir.facts import (
     Site,
 )
 from octavo.ir.facts_io import read_facts, write_facts
-from octavo.ir.menu import Group, LowRank, Menu, Offer, Units
+from octavo.ir.menu import Group, Menu, Offer, Units
 from octavo.ir.quant import PerAxis, PerBlock, QuantParams, QuantSpec
 from octavo.ir.read import read
 from octavo.ir.reference import Original, Reference

@@ -89,7 +89,10 @@ def test_a_missing_fact_names_the_pass_that_produces_it() -> None:
     error = caught.value
     assert error.what == "insert-fake-quant needs Plan, and no pass before it produces it"
     assert error.where == "pass 2 of 'canonicalize,insert-fake-quant'"
-    assert error.hint == "put allocate or choose-kernels or refine before insert-fake-quant"
+    assert (
+        error.hint
+        == "put allocate or apply-structure or choose-kernels or refine before insert-fake-quant"
+    )
 
 
 def test_a_fact_that_a_later_pass_drops_is_missing() -> None:
