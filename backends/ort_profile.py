@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import onnx
 
+from octavo.backends.latency_rows import latency_rows
 from octavo.backends.ort_session import environment, make_session
 from octavo.backends.ort_target import ORT_CPU
 from octavo.ir.facts import Latencies
@@ -188,19 +189,9 @@ def measure_latencies(
     subjects = [Subject(source), Subject(lowered, read_graph=True)]
     before, after = profile(subjects, feed, threads=threads, rounds=rounds)
     owners = Owners.of(planned, lowered)
-    float_seconds = owners.seconds(before.kernels)
-    lowered_seconds = owners.seconds(after.kernels)
-    by_node: dict[str, dict[str, float]] = {}
-    for node in planned:
-        method = node.option.partition(":")[0]
-        found = {"float": float_seconds.get(node.node)}
-        if method not in ("float", "storage") and not node.absorbed_by:
-            found[method] = lowered_seconds.get(node.node)
-        missing = None if node.op_type in _WEIGHTED and not node.absorbed_by else 0.0
-        known = {m: missing if s is None else s for m, s in found.items()}
-        by_node[node.node] = {m: s for m, s in known.items() if s is not None}
+    seconds = owners.seconds(before.kernels), owners.seconds(after.kernels)
     return Latencies(
-        by_node=by_node,
+        by_node=latency_rows(planned, *seconds, _WEIGHTED),
         quantize_seconds_per_byte=_rate(after, "QuantizeLinear"),
         dequantize_seconds_per_byte=_rate(after, "DequantizeLinear"),
         environment=environment(threads),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, final
 import onnx
 
 from octavo.backends.bench import bench
+from octavo.backends.latency_rows import latency_rows
 from octavo.backends.ov_session import environment, open_session
 from octavo.backends.ov_target import OPENVINO, SUBGRAPH
 from octavo.ir.artifact import Artifact, Audit, AuditRow, PlannedNode
@@ -163,17 +164,8 @@ def measure_latencies(source: Path, artifact: Artifact, feed: Feed, *, threads: 
     after = open_session(
         artifact.path, threads=threads, config=artifact.session_options, profiled=True
     ).layers(feed, _ROUNDS)
-    float_seconds = _Owned.of(planned, before).seconds
-    lowered_seconds = _Owned.of(planned, after).seconds
-    by_node: dict[str, dict[str, float]] = {}
-    for node in planned:
-        method = node.option.partition(":")[0]
-        found = {"float": float_seconds.get(node.node)}
-        if method not in ("float", "storage") and not node.absorbed_by:
-            found[method] = lowered_seconds.get(node.node)
-        missing = None if node.op_type in _WEIGHTED and not node.absorbed_by else 0.0
-        known = {m: missing if s is None else s for m, s in found.items()}
-        by_node[node.node] = {m: s for m, s in known.items() if s is not None}
+    seconds = _Owned.of(planned, before).seconds, _Owned.of(planned, after).seconds
+    by_node = latency_rows(planned, *seconds, _WEIGHTED)
     # Its quantizers are part of the layers around them, or move one float like any other layer.
     return Latencies(
         by_node, NOMINAL_SECONDS_PER_BYTE, NOMINAL_SECONDS_PER_BYTE, environment(threads)
