@@ -73,12 +73,13 @@ def _refuse_engine(path: Path) -> None:
 def _sparse_initializers(path: Path) -> list[Finding]:
     """Reading makes them dense, so they are looked for before."""
     import onnx
+    from google.protobuf.message import DecodeError
 
     if not path.is_file():
         return []
     try:
         graph = onnx.load(path, load_external_data=False).graph
-    except Exception:  # protobuf raises anything; reading says what is wrong
+    except (DecodeError, OSError):  # reading says what is wrong
         return []
     reason = "the parser does not register sparse initializers"
     fix = "store the tensor dense; 2:4 patterns are found by --sparsity=enable"
