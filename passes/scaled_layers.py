@@ -138,7 +138,7 @@ class Layer:
         """
         blocks = not is_op(self.linear.node, "Conv", "ConvTranspose")
         if not rounding.per_tensor:
-            rows = rows[:, :: -(-rows.shape[1] // _ROWS)]
+            rows = rows[:, :: max(1, rows.shape[1] // _ROWS)]
         inward = np.asarray(self.of_columns(fed), np.float32)
         outward = np.asarray(self.of_rows(made), np.float32) if rounding.per_tensor else None
         scaled = rows * inward if outward is None else rows * (inward / outward)
