@@ -11,7 +11,6 @@ from octavo.ir.calibration import Part, first_samples
 from octavo.ir.errors import UsageError
 from octavo.ir.facts import Fact
 from octavo.ir.menu import Menu, Sensitivity, Units
-from octavo.ir.moments import Moments
 from octavo.passes.base import Pass
 from octavo.passes.collect_moments import collected, quantizable
 from octavo.passes.patterns import chosen
@@ -120,11 +119,10 @@ class OfferStructure(Pass):
 
     def _ranks(self, model: Model, ctx: PassContext, loss: Callable[[Model], float]) -> RankOffers:
         """Layers at some ranks, by the moments of what they read."""
-        moments = model.find(Moments)
-        if moments is None or not moments.by_weight:
-            assert ctx.calibration is not None
-            wanted, seen = quantizable(model, ctx), Part(ctx.calibration, 0)
-            moments = collected(model, ctx, wanted, seen, samples=_FITTED_SAMPLES)
+        assert ctx.calibration is not None
+        # As widths do, factors see the half of the data that their damage is not measured on.
+        wanted, seen = quantizable(model, ctx), Part(ctx.calibration, 0)
+        moments = collected(model, ctx, wanted, seen, samples=_FITTED_SAMPLES)
         return RankOffers.of(model, ctx, moments, loss, self.ranks, self.round_to)
 
     def _damages(
