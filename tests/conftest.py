@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from octavo.ir.calibration import Feed
     from octavo.ir.model import Model
+    from octavo.ir.target import Target
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -138,10 +139,16 @@ def pass_context(tmp_path: Path) -> Iterator[PassContext]:
 
 @pytest.fixture
 def calibrated(pass_context: PassContext) -> Callable[..., PassContext]:
-    """`calibrated(model)`: the same services, with four seeded feeds as calibration data."""
+    """`calibrated(model)`: the same services, with four seeded feeds as calibration data.
 
-    def with_calibration(model: Model, free_dimension: int = 2) -> PassContext:
+    For another `target`, seconds are its analytic ones.
+    """
+
+    def with_calibration(
+        model: Model, free_dimension: int = 2, target: Target = ORT_CPU
+    ) -> PassContext:
         feeds = tuple(random_feed(model, seed, free_dimension) for seed in range(4))
-        return replace(pass_context, calibration=ListedBatches(feeds))
+        cost = AnalyticCost(target)
+        return replace(pass_context, target=target, cost=cost, calibration=ListedBatches(feeds))
 
     return with_calibration

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,6 @@ from octavo.backends.ov_audit import audit, measure_latencies
 from octavo.backends.ov_backend import OpenVinoBackend
 from octavo.backends.ov_lowering import lower
 from octavo.backends.ov_target import OPENVINO
-from octavo.ir.cost import AnalyticCost
 from octavo.ir.errors import ModelError, UsageError
 from octavo.ir.facts import Choice, Option, Placement, Plan
 from octavo.ir.quant import PerAxis, PerBlock, QuantSpec
@@ -42,13 +41,7 @@ ONE_STEP = 0.02
 def context(calibrated: Calibrated) -> Calibrated:
     """`context(model)`: services for passes of this target, with calibration data."""
 
-    def made(model: Model) -> PassContext:
-        services: PassContext = replace(
-            calibrated(model), target=OPENVINO, cost=AnalyticCost(OPENVINO)
-        )
-        return services
-
-    return made
+    return partial(calibrated, target=OPENVINO)
 
 
 def _compiled(model: Model, ctx: PassContext, choose: str = "choose-kernels") -> Model:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,6 @@ from octavo.backends.ov_audit import audit
 from octavo.backends.ov_lowering import lower
 from octavo.backends.ov_session import open_session
 from octavo.backends.ov_target import OPENVINO
-from octavo.ir.cost import AnalyticCost
 from octavo.ir.facts import Choice, Option, Plan
 from octavo.ir.model import Model
 from octavo.ir.quant import PerAxis, QuantSpec
@@ -74,13 +73,7 @@ def _static(model: Model, ctx: PassContext) -> Model:
 
 @pytest.fixture
 def context(calibrated: Calibrated) -> Calibrated:
-    def made(model: Model) -> PassContext:
-        services: PassContext = replace(
-            calibrated(model), target=OPENVINO, cost=AnalyticCost(OPENVINO)
-        )
-        return services
-
-    return made
+    return partial(calibrated, target=OPENVINO)
 
 
 @pytest.mark.parametrize("name", CASES)

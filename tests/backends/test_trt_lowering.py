@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from octavo.backends.trt_rules import broken_rules
 from octavo.backends.trt_target import TARGETS
 from octavo.cli.stand_in import stand_in
 from octavo.ir.calibration import Feed
-from octavo.ir.cost import AnalyticCost
 from octavo.ir.errors import UsageError
 from octavo.ir.model import Model
 from octavo.ir.read import read
@@ -43,10 +43,7 @@ Feeds = Callable[..., Feed]
 
 @pytest.fixture
 def context(calibrated: Calibrated) -> Callable[[Model], PassContext]:
-    def of(model: Model) -> PassContext:
-        return replace(calibrated(model), target=_SM86, cost=AnalyticCost(_SM86))
-
-    return of
+    return partial(calibrated, target=_SM86)
 
 
 def _random(text: str) -> Model:
