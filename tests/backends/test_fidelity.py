@@ -94,3 +94,14 @@ def test_a_file_runs_every_feed(tmp_path: Path) -> None:
     # A feed may hold more than the model reads.
     found = run_file(path, [{"x": floats(1, 2)}, {"x": floats(3, 4), "z": floats(5)}], threads=1)
     assert [result["y"].tolist() for result in found] == [[-1, -2], [-3, -4]]
+
+
+def test_a_few_numbers_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    reference, actual = ([{"y": rng.standard_normal((6, 5)).astype(np.float32)}] for _ in "ab")
+    whole = compare(reference, actual)
+    monkeypatch.setattr("octavo.backends.fidelity._ELEMENTS", 7)
+    parts = compare(reference, actual)
+    assert parts.relative_error == pytest.approx(whole.relative_error, rel=1e-12)
+    assert parts.cosine == pytest.approx(whole.cosine, rel=1e-12)
+    assert parts.agreement == whole.agreement

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx.numpy_helper
+import onnx.parser
 import onnxruntime
 import pytest
 
@@ -118,6 +120,24 @@ def test_a_latency_budget_is_kept_or_missed_aloud(octavo: Octavo, tmp_path: Path
     else:
         assert result.code == 3
         assert "of --latency 0.5x" in result.err
+    assert (out / "model.onnx").is_file()
+
+
+def test_structure_that_nothing_can_have_is_missed_aloud(octavo: Octavo, tmp_path: Path) -> None:
+    narrow = tmp_path / "narrow.onnx"
+    graph = "narrow (float[N,4] x) => (float[N,4] y) <float[4,4] w> { y = MatMul (x, w) }"
+    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 21]> {graph}')
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((4, 4)).astype(np.float32)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    del proto.graph.value_info[:]
+    onnx.save(proto, narrow)
+    np.savez(tmp_path / "x.npz", x=rng.standard_normal((16, 4)).astype(np.float32))
+    out = tmp_path / "out"
+    asked = ("--structure", "--no-measure", "--size", "1kB")
+    done = octavo("compile", narrow, "-c", tmp_path / "x.npz", "-o", out, *asked)
+    assert done.code == 3
+    assert "--structure: nothing could go" in done.err
     assert (out / "model.onnx").is_file()
 
 

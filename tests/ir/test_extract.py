@@ -139,6 +139,18 @@ def test_a_value_may_be_both_fed_and_asked_for() -> None:
     close(found["y"], np.tanh(a))
 
 
+_HALVES = """halves (float[2,4] x) => (float[2,2] y) {
+    [halve] a, b = Split <num_outputs = 2, axis = 1> (x) [both] y = Mul (a, b) }"""
+
+
+def test_one_output_of_a_node_may_be_fed_while_another_is_computed() -> None:
+    part = extract(built(_HALVES), ["a"], ["y", "a"])
+    x, a = normal(2, 4), normal(2, 2, seed=1)
+    found = EVALUATOR.run(part, {"x": x, "a": a})
+    close(found["y"], a * x[:, 2:])
+    close(found["a"], a)
+
+
 _TIED = """tied (int64[3] tokens) => (float[3,8] logits, float[3,4] e) <float[8,4] table> {
     [embed] e = Gather (table, tokens) [act] h = Tanh (e)
     [turn] t = Transpose <perm = [1, 0]> (table) [head] logits = MatMul (h, t) }"""

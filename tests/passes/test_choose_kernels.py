@@ -150,6 +150,14 @@ def test_an_output_layer_has_to_save_more(pass_context: PassContext) -> None:
         assert methods(plan) == {"up": "dynamic", "down": method}
 
 
+def test_blocks_of_few_bits_need_no_more_at_the_output(pass_context: PassContext) -> None:
+    """Four bits lose as much in storage, and a table that is tied to the head is stored once."""
+    for bits, method in ((8, "storage"), (4, "weight-only")):
+        options = f"{{weight-only=true,bits={bits}}}"
+        plan, _ = planned(built(_MLP), pass_context, {"weight-only": 0.9}, options)
+        assert methods(plan) == {"up": "weight-only", "down": method}
+
+
 @pytest.mark.parametrize(("options", "method"), [("", "storage"), ("{recurrent=true}", "dynamic")])
 def test_recurrent_kernels_are_asked_for(
     pass_context: PassContext, options: str, method: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -261,6 +262,22 @@ def test_activations_that_are_not_numbers_are_named(calibrated: Calibrated) -> N
     model = seeded(text.replace("{\n  [norm]", "{\n  [root] r = Sqrt (x)\n  [norm]"))
     with pytest.raises(CalibrationError, match="'h' that 'first' reads is not finite"):
         FoldScales().run(model, calibrated(model))
+
+
+def test_large_models_take_fewer_samples(
+    calibrated: Calibrated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = seeded(NORMED)
+    ctx = calibrated(model)
+    assert ctx.calibration is not None
+    first, *others = (dict(feed) for feed in ctx.calibration)
+    feeds = (first, *({name: np.full_like(a, np.nan) for name, a in f.items()} for f in others))
+    broken = replace(ctx, calibration=type(ctx.calibration)(feeds))  # type: ignore[call-arg]
+    with pytest.raises(CalibrationError, match="not finite"):
+        FoldScales().run(model, broken)
+    monkeypatch.setattr("octavo.passes.layer_columns._MACS", 0.0)
+    monkeypatch.setattr("octavo.passes.layer_columns._LEAST_SAMPLES", 1)
+    FoldScales().run(seeded(NORMED), broken)
 
 
 def test_stale_ranges_are_dropped(calibrated: Calibrated) -> None:

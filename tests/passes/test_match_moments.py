@@ -307,6 +307,20 @@ def test_values_that_are_not_finite_name_the_layer(ctx: PassContext) -> None:
     assert "feed 3" in str(caught.value)
 
 
+def test_large_models_take_fewer_samples(ctx: PassContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ctx.calibration is not None
+    feeds = [dict(feed) for feed in ctx.calibration]
+    feeds[3]["x"] = np.full_like(feeds[3]["x"], np.nan)
+    seen = sum(len(feed["x"]) for feed in feeds[:3])
+    broken = replace(ctx, calibration=type(ctx.calibration)(tuple(feeds)))  # type: ignore[call-arg]
+    monkeypatch.setattr("octavo.passes.channel_repair._MACS", 0.0)
+    monkeypatch.setattr("octavo.passes.channel_repair._LEAST_SAMPLES", seen)
+    repaired("match-moments", broken)
+    monkeypatch.setattr("octavo.passes.channel_repair._LEAST_SAMPLES", seen + len(feeds[3]["x"]))
+    with pytest.raises(CalibrationError, match="'first'"):
+        repaired("match-moments", broken)
+
+
 def test_a_single_feed_is_both_halves(
     pass_context: PassContext, calibrated: Callable[..., PassContext]
 ) -> None:

@@ -151,3 +151,12 @@ def test_the_metric_may_be_asked_for() -> None:
     assert OutputDamage.of(model, "error").kinds == {"y": "values", "z": "values"}
     assert "KL" in OutputDamage.of(model, "kl").text
     assert "KL" not in OutputDamage.of(model, "error").text
+
+
+@pytest.mark.parametrize("kind", ["logits", "probabilities", "values"])
+def test_a_few_rows_at_a_time_give_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    p, q = (np.abs(_drawn(3, 7, 5, seed=seed)) + 0.1 for seed in (0, 1))
+    damage = OutputDamage({"y": kind})  # type: ignore[dict-item]
+    whole = damage.per_sample({"y": p}, {"y": q}, 3)
+    monkeypatch.setattr("octavo.passes.output_damage._ELEMENTS", 30)
+    np.testing.assert_allclose(damage.per_sample({"y": p}, {"y": q}, 3), whole, rtol=RELATIVE)
