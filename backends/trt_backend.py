@@ -65,7 +65,8 @@ class TensorRtBackend:
     def open(self, path: Path, *, threads: int, config: Mapping[str, str] | None = None) -> Session:
         """A session that computes what the file says, on the CPU.
 
-        Without the runtime's rewrites: they drop a Clip of float16 in front of signed codes.
+        Without the runtime's rewrites: its WeightBiasQuantization changes what float biases beside
+        quantized weights of float16 give.
         """
         return ort_session.make_session(path, threads=threads, config=config, optimization="none")
 
