@@ -41,7 +41,7 @@ class AnalyticCost:
         if row is None:
             return None
         seconds = self._float_seconds(node) * row.speed
-        operand = node.inputs[0] if method == "dynamic" else None
+        operand = node.inputs[0] if method in ("dynamic", "float8") else None
         return seconds + (0.0 if operand is None else self.boundary_seconds(operand))
 
     def option_seconds(self, node: onnx_ir.Node, option: Option) -> float | None:

@@ -64,7 +64,7 @@ class Ranges(Fact):
     calibration_sha256: str
 
 
-Method = Literal["float", "static", "dynamic", "weight-only", "storage"]
+Method = Literal["float", "static", "dynamic", "float8", "weight-only", "storage"]
 
 
 @final
@@ -75,6 +75,7 @@ class Option:
     - `float`: nothing changes.
     - `static`: integer kernel, activations with calibrated parameters.
     - `dynamic`: integer kernel, activation parameters found at run time.
+    - `float8`: float8 kernel, operands on the float8 grid of their calibrated largest magnitude.
     - `weight-only`: float activations, the kernel reads the low-bit weight.
     - `storage`: the weight is stored low-bit and unpacked when the model loads; float compute.
     """

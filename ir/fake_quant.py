@@ -3,7 +3,8 @@
 `FakeQuant(x, scale, zero_point)` rounds `x` to its grid and returns floats; scale and zero point
 (float32) have a shape that broadcasts against `x`. `FakeQuantBlocks` does so per block of one
 axis, on `x` reshaped to `blocked_shape`. `FakeQuantBinary(x, scale, zero_point)` keeps only the
-sign, `FakeQuantHalf(x)` what float16 holds. `FakeQuantDynamic(x)` finds u8 parameters at run
+sign, `FakeQuantFloat8(x, scale, zero_point)` rounds to float8 numbers, `FakeQuantHalf(x)` to what
+float16 holds. `FakeQuantDynamic(x)` finds u8 parameters at run
 time. `FakeQuantLevels(x, levels)` says that `x` holds levels (`ir/levels.py`) and changes
 nothing. All are also local functions of standard operators, so that the model always runs.
 """
@@ -33,8 +34,10 @@ if TYPE_CHECKING:
 DOMAIN = "octavo"
 OPTION = "octavo.option"
 _OPSET = 21
+# Specs that no form for blocks exists of.
+_UNBLOCKED = {"s1": "FakeQuantBinary", "f8": "FakeQuantFloat8"}
 _SPEC = re.compile(
-    r"([us]\d|f16)/(?:(tensor)|axis(\d+)|block(\d+)@(\d+))(?:#(\d))?(-)?(?:~(\d))?(h)?$"
+    r"([us]\d|f16|f8)/(?:(tensor)|axis(\d+)|block(\d+)@(\d+))(?:#(\d))?(-)?(?:~(\d))?(h)?$"
 )
 
 _BODIES = {
@@ -73,6 +76,14 @@ _BODIES = {
             negative = Less (x, zero)
             opposite = Neg (scale)
             y = Where (negative, opposite, scale)
+        }""",
+    "FakeQuantFloat8": """
+        <opset_import: ["" : 21], domain: "octavo">
+        FakeQuantFloat8 <qmin: float, qmax: float, spec: string> (x, scale, zero_point) => (y) {
+            divided = Div (x, scale)
+            codes = Cast <to: int = 17> (divided)
+            real = Cast <to: int = 1> (codes)
+            y = Mul (real, scale)
         }""",
     "FakeQuantHalf": """
         <opset_import: ["" : 21], domain: "octavo">
@@ -115,8 +126,8 @@ def fake_quant_node(
 ) -> onnx_ir.Node:
     """A FakeQuant of `value`; its scale and zero point become initializers of `constants`.
 
-    Blocks that do not divide their axis, and those of a binary spec, have their scales spread to
-    the shape of `value`, which costs as much memory as `value` does.
+    Blocks that do not divide their axis, and those of a binary or float8 spec, have their scales
+    spread to the shape of `value`, which costs as much memory as `value` does.
     """
     if params.spec.half:
         return _half_node(value, params.spec, name)
@@ -126,7 +137,7 @@ def fake_quant_node(
         whole = _is_whole(params.spec, shape)
         numbers = params.scale, params.zero_point
         scale, zero = numbers if whole else broadcast_params(params, shape)
-        extra, op_type = [], "FakeQuantBinary" if params.spec.binary else "FakeQuant"
+        extra, op_type = [], _UNBLOCKED.get(params.spec.dtype, "FakeQuant")
     else:
         axis = blocked[0]
         scale = np.expand_dims(params.scale, axis + 1)
@@ -264,7 +275,9 @@ def parse_spec(text: str) -> QuantSpec:
 
 def _blocked_shape(spec: QuantSpec, shape: tuple[int, ...]) -> tuple[int, list[int]] | None:
     """Where a block is a whole axis, plain broadcasting does; otherwise the axis is split."""
-    if not isinstance(spec.granularity, PerBlock) or spec.binary or _is_whole(spec, shape):
+    if not isinstance(spec.granularity, PerBlock) or _is_whole(spec, shape):
+        return None
+    if spec.dtype in _UNBLOCKED:
         return None
     axis, size = spec.granularity.axis, spec.granularity.size
     if shape[axis] % size:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar, final
 
+import ml_dtypes
 import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
@@ -15,11 +16,14 @@ from numpy.typing import NDArray
 from octavo.ir.errors import UsageError
 
 Entry = TypeVar("Entry", bound=np.generic)
-Codes = NDArray[np.int8 | np.uint8 | np.float16]
-QuantType = Literal["u8", "s8", "u4", "s4", "u2", "s2", "s7", "s6", "s5", "s3", "s1", "f16"]
+Codes = NDArray[np.int8 | np.uint8 | np.float16 | ml_dtypes.float8_e4m3fn]
+QuantType = Literal[
+    "u8", "s8", "u4", "s4", "u2", "s2", "s7", "s6", "s5", "s3", "s1", "f16", "f8"
+]  # fmt: skip
 _NATIVE_BITS = (2, 4, 8)
 _LARGEST_HALF = float(np.finfo(np.float16).max)
 _LEAST_HALF = np.float32(np.finfo(np.float16).smallest_subnormal)
+_LARGEST_FLOAT8 = 448
 
 
 @final
@@ -67,7 +71,8 @@ class QuantSpec:
 
     A symmetric signed grid leaves its lowest code unused. `used_bits` restricts the codes to
     fewer bits than the type has (7-bit weights where the kernel would saturate). `s1` is binary:
-    the codes are -1 and 1, and there is no zero. `f16` keeps numbers, rounded to float16.
+    the codes are -1 and 1, and there is no zero. `f16` keeps numbers, rounded to float16. The codes
+    of `f8` are float8 numbers (E4M3FN, up to 448), whose steps grow with their size.
 
     `half_scales` says that every scale is a float16 number, and stored as one. `index_bits` says
     that a tensor has at most `2**index_bits` different codes, and is stored as indices into a
@@ -83,7 +88,7 @@ class QuantSpec:
 
     @property
     def signed(self) -> bool:
-        return self.dtype[0] == "s"
+        return self.dtype[0] != "u"
 
     @property
     def bits(self) -> int:
@@ -98,9 +103,20 @@ class QuantSpec:
         return self.dtype == "f16"
 
     @property
+    def float8(self) -> bool:
+        return self.dtype == "f8"
+
+    @property
+    def floating(self) -> bool:
+        """Whether the codes are floating-point numbers: no even grid."""
+        return self.dtype[0] == "f"
+
+    @property
     def qmin(self) -> int:
         if self.half:
             return -int(_LARGEST_HALF)
+        if self.float8:
+            return -_LARGEST_FLOAT8
         if self.binary:
             return -1
         return -(1 << ((self.used_bits or self.bits) - 1)) + self.symmetric if self.signed else 0
@@ -109,6 +125,8 @@ class QuantSpec:
     def qmax(self) -> int:
         if self.half:
             return int(_LARGEST_HALF)
+        if self.float8:
+            return _LARGEST_FLOAT8
         if self.binary:
             return 1
         bits = self.used_bits or self.bits
@@ -119,6 +137,8 @@ class QuantSpec:
         """The type of that many bits, or of 8 where ONNX has none: kernels multiply bytes."""
         if self.half:
             return onnx_ir.DataType.FLOAT16
+        if self.float8:
+            return onnx_ir.DataType.FLOAT8E4M3FN
         bits = self.bits if self.bits in _NATIVE_BITS else 8
         return onnx_ir.DataType[("INT" if self.signed else "UINT") + str(bits)]
 
@@ -277,7 +297,7 @@ def quantize(real: NDArray[np.floating], params: QuantParams) -> Codes:
 
     Codes of fewer than 8 bits take a byte each. One float32 copy of `real` is the only temporary.
     The code of a binary spec is the sign of `real`, which QuantizeLinear does not know; that of a
-    float16 spec is the float16 number nearest to it.
+    float16 spec is the float16 number nearest to it. A tie goes to the even code in all of them.
     """
     if params.spec.half:
         bounded: NDArray[np.float32] = np.clip(real, params.spec.qmin, params.spec.qmax)
@@ -286,6 +306,9 @@ def quantize(real: NDArray[np.floating], params: QuantParams) -> Codes:
         return np.where(real < 0, np.int8(-1), np.int8(1))
     scale, zero = broadcast_params(params, real.shape)
     codes = np.asarray(np.divide(real, scale, dtype=np.float32))
+    if params.spec.float8:
+        np.clip(codes, params.spec.qmin, params.spec.qmax, out=codes)
+        return codes.astype(ml_dtypes.float8_e4m3fn)
     np.rint(codes, out=codes)
     codes += zero.astype(np.float32)
     np.clip(codes, params.spec.qmin, params.spec.qmax, out=codes)
@@ -297,6 +320,8 @@ def dequantize(codes: NDArray[np.number], params: QuantParams) -> NDArray[np.flo
     if params.spec.half:
         return codes.astype(np.float32)
     scale, zero = broadcast_params(params, codes.shape)
+    if params.spec.float8:
+        return np.asarray(codes.astype(np.float32) * scale, np.float32)
     return ((codes.astype(np.int32) - zero).astype(np.float32) * scale).astype(np.float32)
 
 

@@ -71,6 +71,8 @@ class KernelRow:
         """Why the kernel cannot read a weight of this spec, empty where it can."""
         if spec.half:
             return "" if self.method == "storage" else f"{self.method} {self.op_type} reads codes"
+        if spec.float8 != (self.method == "float8"):
+            return f"{self.method} {self.op_type} reads {'' if spec.float8 else 'no '}integer codes"
         if not spec.signed and not (self.method == "weight-only" and spec.bits in _WITH_ZEROS):
             return f"{self.method} {self.op_type} reads signed weights"
         if spec.bits not in self.bits:

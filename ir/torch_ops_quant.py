@@ -128,6 +128,15 @@ def fake_quant_dynamic(x: Tensor) -> Tensor:
     return fake_quant(x, scale, zero, qmin=0, qmax=_LARGEST_U8, spec="")
 
 
+def fake_quant_float8(
+    x: Tensor, scale: Tensor, zero_point: Tensor, *, qmin: float, qmax: float, spec: str
+) -> Tensor:
+    """FakeQuantFloat8: to the nearest float8 number."""
+    real = (x / scale).clamp(qmin, qmax)
+    rounded = _to_float8(real, torch.float8_e4m3fn, True).float()
+    return (real + (rounded - real).detach()) * scale
+
+
 def fake_quant_levels(x: Tensor, levels: Tensor, *, axis: int, bits: int) -> Tensor:
     """FakeQuantLevels: x holds levels."""
     return x
@@ -197,5 +206,6 @@ OCTAVO: dict[str, Callable[..., Any]] = {
     "FakeQuant": fake_quant,
     "FakeQuantBlocks": fake_quant_blocks,
     "FakeQuantDynamic": fake_quant_dynamic,
+    "FakeQuantFloat8": fake_quant_float8,
     "FakeQuantLevels": fake_quant_levels,
 }

@@ -32,8 +32,11 @@ _INTEGER_OPS = frozenset((
     "EmbedLayerNormalizationQuant",
 ))
 # fmt: on
+# Of the types that are stored alike the widest, which comes first.
 CODE_TYPES: dict[str, QuantType] = {
-    ("INT" if name[0] == "s" else "UINT") + name[1:]: name for name in get_args(QuantType)
+    QuantSpec(name).onnx_type.name: name
+    for name in reversed(get_args(QuantType))
+    if not QuantSpec(name).half
 }
 
 

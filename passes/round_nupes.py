@@ -98,7 +98,7 @@ class RoundNupes(Pass):
     def _why_not(self, quantizer: WeightQuantizer) -> str:
         """Why a weight keeps its even codes, "" where it need not."""
         spec, nodes = quantizer.params.spec, [node for node, _ in quantizer.readers]
-        if spec.binary or spec.half or spec.index_bits is not None or not spec.signed:
+        if spec.binary or spec.floating or spec.index_bits is not None or not spec.signed:
             return "its codes are no even grid of signed codes"
         if spec.bits >= _BYTE:
             return "a table of 8-bit codes is the even grid"

@@ -167,7 +167,7 @@ def _why_not(quantizer: WeightQuantizer) -> str:
     node, spec = quantizer.readers[0][0], quantizer.params.spec
     if node.op_type not in (*_CONVOLUTIONS, *_RECURRENT, "MatMul", "Gemm"):
         return f"{node.op_type} does not add up what it reads"
-    if spec.binary or spec.half or spec.index_bits is not None:
+    if spec.binary or spec.floating or spec.index_bits is not None:
         return "its codes have no neighbours"
     rank = len(quantizer.stored().shape)
     axis = spec.granularity.axis % rank if isinstance(spec.granularity, PerAxis) else None

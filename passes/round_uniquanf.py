@@ -224,7 +224,7 @@ def _rows(weight: Float32, axis: int) -> Float32:
 def _why_not(quantizer: WeightQuantizer) -> str:
     """Why a weight has no levels, "" where it may."""
     spec, nodes = quantizer.params.spec, [node for node, _ in quantizer.readers]
-    if spec.binary or spec.half or spec.index_bits is not None or not spec.signed:
+    if spec.binary or spec.floating or spec.index_bits is not None or not spec.signed:
         return "its codes are no even grid of signed codes"
     bits = spec.used_bits or spec.bits
     if bits not in _WIDTHS:

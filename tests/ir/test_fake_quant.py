@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -110,11 +111,28 @@ def test_runtimes_round_as_the_reference_does(
     rng = np.random.default_rng(1)
     scale = np.array(rng.choice([0.5, 0.37, 0.05], shape), np.float32)
     zero = np.array(rng.integers(spec.qmin, spec.qmax + 1, shape))
-    params = QuantParams(spec, scale, (zero * (dtype != "s1")).astype(np.int32))
+    params = QuantParams(spec, scale, (zero * (dtype not in ("s1", "f8"))).astype(np.int32))
     proto, _ = _fake(params)
     expected = dequantize(quantize(_drawn(), params), params)
     np.testing.assert_allclose(run(proto, _drawn()), expected, rtol=RELATIVE, atol=0)
     assert len(np.unique(expected)) > 1
+
+
+def test_float8_codes_are_the_nearest_of_all_that_the_bits_mean() -> None:
+    sizes = [
+        (1 + m / 8) * 2.0 ** (e - 7) if e else m / 8 * 2.0**-6
+        for e, m in itertools.product(range(16), range(8))
+    ]
+    # All ones are no number: 448 is the largest.
+    numbers = np.array(sizes[:-1])
+    ties = (numbers[1:] + numbers[:-1]) / 2
+    params = QuantParams(QuantSpec("f8"), np.array(0.5, np.float32), np.array(0, np.int32))
+    even = np.where(np.arange(ties.size) % 2, numbers[1:], numbers[:-1])
+    past = np.nextafter(ties.astype(np.float32), np.float32(np.inf))
+    real = np.concatenate((numbers, ties, past, -numbers, [1e6, -np.inf])) / 2
+    expected = np.concatenate((numbers, even, numbers[1:], -numbers, [448, -448])) / 2
+    found = dequantize(quantize(real.astype(np.float32), params), params)
+    np.testing.assert_array_equal(found, expected.astype(np.float32))
 
 
 def test_half_scales_are_float16_numbers_and_positive() -> None:
@@ -141,7 +159,7 @@ def test_the_dynamic_form_finds_its_parameters(run: Run) -> None:
     np.testing.assert_allclose(run(proto, x), expected, rtol=RELATIVE, atol=0)
 
 
-@pytest.mark.parametrize("dtype", ["s8", "s3", "s1"])
+@pytest.mark.parametrize("dtype", ["s8", "s3", "s1", "f8"])
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
 def test_a_node_gives_its_parameters_back(granularity: Granularity, dtype: QuantType) -> None:
     spec = QuantSpec(dtype, granularity, symmetric=True)
