@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from octavo.ir.model import Model
     from octavo.ir.synthetic import Synthetic
     from octavo.passes.base import PassContext
+    from octavo.passes.input_laws import InputLaw
     from octavo.passes.synthesis import Synthesis
 
 SYNTHETIC, ANALYTIC, NONE = "synthetic", "analytic", "none"
@@ -78,6 +79,27 @@ class Maker:
             laws = laws_of(model, how.laws)
             return Evidence.of(model).why_not(how.statistics, 0.0, laws)
 
+    def assumed(self, given: Mapping[str, InputLaw]) -> list[tuple[str, InputLaw]]:
+        """The laws of inputs that nobody gave one for.
+
+        Raises UnknownName, and UsageError where these are all that would bound the model.
+        """
+        from octavo.ir.facts import Norms
+        from octavo.passes.input_laws import laws_of
+
+        with self._context() as ctx:
+            model = self._canonical(ctx)
+        found = [(name, law) for name, law in laws_of(model, given).items() if name not in given]
+        norms = model.find(Norms)
+        if found and not (norms and norms.by_value):
+            raise UsageError(
+                "no normalization bounds what this model computes",
+                where=self.source.source.name,
+                hint="say how its inputs are distributed: "
+                + " ".join(f"--input '{name}={law}'" for name, law in found),
+            )
+        return found
+
     def _canonical(self, ctx: PassContext) -> Model:
         from octavo.passes.canonicalize import Canonicalize
         from octavo.passes.pipeline import Pipeline
@@ -125,16 +147,32 @@ def chosen(named: str, maker: Maker, how: Synthesis, request: Request) -> Chosen
     if named == NONE:
         return Chosen(None, request)
     if named == ANALYTIC:
-        if request.pipeline or request.planned:
-            message = "ranges without data have a pipeline of their own"
-            raise UsageError(
-                message, hint="put bound-ranges into --pipeline, without --calibration"
-            )
-        return Chosen(None, replace(request, pipeline=_ANALYTIC_PRESET))
+        return _analytic(maker, how.laws, request)
     if named == SYNTHETIC:
         made = maker.make(how)
         return Chosen(made, request, tuple(_said(made)))
     return _by_default(maker, how, request)
+
+
+def _analytic(maker: Maker, given: Mapping[str, InputLaw], request: Request) -> Chosen:
+    """The preset without data, told how inputs are distributed.
+
+    Raises UsageError where no norm and no given law bounds anything.
+    """
+    from octavo.passes.bound_ranges import BoundRanges
+    from octavo.passes.presets import preset
+    from octavo.passes.spec import format_pass
+
+    if request.pipeline or request.planned:
+        message = "ranges without data have a pipeline of their own"
+        raise UsageError(message, hint="put bound-ranges into --pipeline, without --calibration")
+    assumed = maker.assumed(given)
+    notes = tuple(f"input '{n}' is taken as {law}; --input says otherwise" for n, law in assumed)
+    if not given:
+        return Chosen(None, replace(request, pipeline=_ANALYTIC_PRESET), notes)
+    told = BoundRanges(inputs=tuple(f"{name}={law}" for name, law in given.items()))
+    text = preset(_ANALYTIC_PRESET).replace(BoundRanges.name, format_pass(told))
+    return Chosen(None, replace(request, pipeline=text), notes)
 
 
 def _by_default(maker: Maker, how: Synthesis, request: Request) -> Chosen:

@@ -136,4 +136,5 @@ def standard(value: onnx_ir.Value) -> InputLaw:
         elif node.op_type not in ("Cast", "Identity"):
             break
         value = node.outputs[0]
-    return InputLaw("normal", -shift / scale, abs(1 / scale))
+    # A sum with zero, as -0.0 is no number to show.
+    return InputLaw("normal", 0.0 - shift / scale, abs(1 / scale))

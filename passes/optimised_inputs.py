@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _FEED_SAMPLES = 8
 # Groups that run at once, on one thread each: the sums of one group never depend on the others.
 _ABREAST = 2
-# The first steps are slow; these are enough to tell how long all of them take.
+# Steps that are enough to tell how long all of them take.
 _ENOUGH_STEPS = 6
 
 
@@ -64,6 +64,9 @@ class InputGroups:
                 made = [job.result() for job in jobs]
             finally:
                 watch.stop()
+        late = any(found is None or found[1].late for found in made)
+        if late and self.how.all_or_nothing:
+            raise _too_slow(self.how.seconds)
         return self._joined([found for found in made if found is not None], rounds)
 
     def _joined(self, made: Sequence[tuple[Feed, Outcome]], rounds: int) -> Synthetic:
@@ -120,7 +123,7 @@ class InputGroups:
                 )
             arrays = dict(outcome.arrays)
             if not np.isfinite(outcome.distance) and not outcome.steps:
-                raise _diverged(self.model)
+                raise _diverged(self.model, starts)
             if cache is not None and not outcome.late:
                 cache.put(key, _encode(outcome))
         return {name: {**made, **arrays}[name] for name in made}, outcome
@@ -157,14 +160,10 @@ class _Clock:
         left = self.begun + self.seconds - time.monotonic()
         return min(left, self.seconds * min(_ABREAST, self.rounds) / self.rounds)
 
-    def require(self, done: int, total: int) -> None:
-        """CalibrationError where steps that take as long as these will not be done in time."""
-        expected = (time.monotonic() - self.begun) * total / done
-        if expected > self.seconds:
-            raise CalibrationError(
-                f"it would take more than {self.seconds:.0f} s",
-                hint="give --calibration synthetic, and --synthesis-seconds if that is too little",
-            )
+    def require(self, steps: int, pace: float) -> None:
+        """CalibrationError where so many more steps of `pace` seconds will not be done in time."""
+        if time.monotonic() - self.begun + steps * pace > self.seconds:
+            raise _too_slow(self.seconds)
 
 
 @final
@@ -172,7 +171,8 @@ class _Clock:
 class _Watch:
     """Steps done by group; a group that is no longer wanted ends at its next step.
 
-    With `must_fit`, so does one of many that would not be finished in time.
+    With `must_fit`, so does one of many that would not be finished in time: `seen` are the seconds
+    at which steps were done, and the first of them, which prepares others, tells nothing.
     """
 
     ctx: PassContext
@@ -180,6 +180,7 @@ class _Watch:
     total: int
     must_fit: bool
     steps: dict[int, int] = field(default_factory=dict)
+    seen: list[float] = field(default_factory=list)
     stopped: threading.Event = field(default_factory=threading.Event)
 
     def of(self, group: int) -> Callable[[int, int], None]:
@@ -190,8 +191,11 @@ class _Watch:
                 raise CancelledError
             self.steps[group] = done
             count = sum(self.steps.values())
-            if self.must_fit and count >= _ENOUGH_STEPS:
-                self.clock.require(count, self.total)
+            self.seen.append(time.monotonic())
+            paced = self.seen[_ABREAST:]
+            if self.must_fit and len(paced) > _ENOUGH_STEPS:
+                pace = (paced[-1] - paced[0]) / (len(paced) - 1)
+                self.clock.require(self.total - count, pace)
             self.ctx.progress("synthesize", count, self.total)
 
         return report
@@ -250,11 +254,19 @@ def _decode(stored: bytes) -> tuple[Feed, Outcome]:
     return arrays, Outcome(arrays, distance, int(steps), int(restarts), late=False)
 
 
-def _diverged(model: Model) -> CalibrationError:
+def _too_slow(seconds: float) -> CalibrationError:
+    return CalibrationError(
+        f"it would take more than {seconds:.0f} s",
+        hint="give --calibration synthetic, and --synthesis-seconds if that is too little",
+    )
+
+
+def _diverged(model: Model, names: Mapping[str, Start]) -> CalibrationError:
+    bounds = " ".join(f"--input '{name}=uniform(0.01,2)'" for name in names)
     return CalibrationError(
         "the optimisation of inputs is not finite, with smaller steps neither",
         where=model.source.name,
-        hint="bound the inputs, as --input 'x=uniform(-2,2)'",
+        hint=f"keep inputs to where the model and its gradients are finite, as {bounds}",
     )
 
 

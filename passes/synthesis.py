@@ -17,7 +17,7 @@ from octavo.passes.evidence import Evidence
 from octavo.passes.input_laws import InputLaw, laws_of
 from octavo.passes.optimised_inputs import InputGroups, divided, draw, group_count
 from octavo.passes.text_synthesis import TextSynthesis
-from octavo.passes.token_inputs import TokenInputs
+from octavo.passes.token_inputs import TokenInputs, rows_selected
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -65,6 +65,7 @@ class Synthesis:
         nothing tells what inputs look like, NotDifferentiable, CalibrationError.
         """
         _check_names(model, self.laws, self.shapes)
+        _check_rows(model, self.laws)
         tokens = TokenInputs.of(model)
         if tokens is not None and not set(self.laws) >= set(tokens.roles):
             return TextSynthesis(self, tokens, ctx).run()
@@ -109,6 +110,15 @@ def _check_names(
     for name in (*laws, *shapes):
         if name not in known:
             raise UnknownName("input", name, known)
+
+
+def _check_rows(model: Model, laws: Mapping[str, InputLaw]) -> None:
+    """UsageError for ids that select rows which a table lacks."""
+    for value in model.graph.inputs:
+        law, rows = laws.get(value.name or ""), rows_selected(value)
+        if law is not None and rows is not None and law.high >= rows:
+            message = f"input '{value.name}' selects from {rows} rows, and {law} goes beyond"
+            raise UsageError(message, hint=f"give --input '{value.name}=ids(0,{rows - 1})'")
 
 
 def _shape(

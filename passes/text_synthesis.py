@@ -38,7 +38,9 @@ class TextSynthesis:
         """Two independent groups: a decoder's own text, rewritten or random tokens otherwise."""
         if unknown := self.inputs.unknown():
             message = f"input '{unknown[0]}' is read beside token ids, and nothing tells its range"
-            raise UsageError(message, hint="give --calibration")
+            given = ", ".join(self.inputs.roles)
+            hint = f"give --calibration, or --input for each of {given}"
+            raise UsageError(message, hint=hint)
         vocabulary = self._vocabulary()
         feeds = TokenFeeds(self.inputs, vocabulary, self.how.length, self.how.prior)
         run: Run = self.ctx.evaluator.load(self.inputs.model)

@@ -91,6 +91,12 @@ class TokenInputs:
         return next(value for value in self.model.graph.inputs if value.name == name)
 
 
+def rows_selected(value: onnx_ir.Value) -> int | None:
+    """How many rows the table has that an input of whole numbers selects from, if it does."""
+    table = _table(value) if _whole(value) else None
+    return None if table is None else len(table)
+
+
 def _role(name: str, value: onnx_ir.Value, table: NDArray[np.generic] | None) -> Role:
     lowered = name.lower()
     if "past" in lowered and not _whole(value):

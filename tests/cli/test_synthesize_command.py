@@ -127,6 +127,29 @@ def test_ranges_without_data_make_a_static_artifact(
     assert '"static' in plan
 
 
+def test_ranges_without_data_rest_on_the_given_law(
+    octavo: Octavo, plain: Path, tmp_path: Path
+) -> None:
+    """Without norms and laws there is nothing that they could rest on."""
+    out = tmp_path / "out"
+    asked = ("compile", plain, "-o", out, "-c", "analytic", "--no-measure", "--json")
+    refused = octavo(*asked)
+    assert refused.code == 2
+    assert "no normalization bounds" in refused.err
+    assert "--input 'x=normal(0,1)'" in refused.err
+    assert octavo(*asked, "--input", "x=uniform(-2,5)").code == 0
+    initial = onnx.load(out / "model.onnx").graph.initializer
+    scales = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in initial}
+    (scale,) = (array for name, array in scales.items() if name.startswith("x") and "scale" in name)
+    assert scale == pytest.approx((5 + 2) / 255)
+
+
+def test_an_assumed_law_is_named(octavo: Octavo, network: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = octavo("compile", network, "-o", out, "-c", "analytic", "--no-measure")
+    assert "input 'input' is taken as normal(0,1); --input says otherwise" in result.out
+
+
 def test_without_data_the_model_s_own_is_taken_and_named(
     octavo: Octavo, network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from octavo.ir.cache import Cache
 from octavo.ir.errors import CalibrationError, UnknownName, UsageError
 from octavo.ir.read import read
 from octavo.ir.synthetic import Synthetic
+from octavo.passes import optimised_inputs
 from octavo.passes.evidence import Evidence
 from octavo.passes.histogram import Histogram
 from octavo.passes.input_laws import InputLaw
@@ -186,12 +188,51 @@ def test_inputs_that_nothing_fills_are_refused(
     assert hint in refused.value.hint
 
 
+def test_ids_that_a_table_lacks_are_refused(pass_context: PassContext) -> None:
+    text = """
+        <ir_version: 10, opset_import: ["" : 21]>
+        net (int64[N, 4] i, float[N, 8] x) => (float[N, 4, 8] y) <float[50, 8] table = {0}> {
+          rows = Gather (table, i)
+          one = Constant <value_ints = [1]> ()
+          wide = Unsqueeze (x, one)
+          y = Add (rows, wide) }"""
+    model = _canonical(_random(text), pass_context)
+    laws = {"i": InputLaw.parse("ids(0,50)"), "x": InputLaw.parse("normal(0,1)")}
+    with pytest.raises(UsageError, match=r"50 rows, and ids\(0,50\) goes beyond") as refused:
+        replace(QUICK, laws=laws).run(model, pass_context)
+    assert "--input 'i=ids(0,49)'" in refused.value.hint
+    laws["i"] = InputLaw.parse("ids(0,49)")
+    drawn = replace(QUICK, laws=laws).run(model, pass_context)
+    assert max(int(feed["i"].max()) for feed in drawn) < 50
+
+
 def test_optimisation_that_diverges_is_an_error_with_a_way_out(
     mobile: Model, pass_context: PassContext
 ) -> None:
     with pytest.raises(CalibrationError, match="not finite") as refused:
         replace(QUICK, statistics=float("nan")).run(mobile, pass_context)
-    assert "uniform" in refused.value.hint
+    assert "--input 'input=uniform(0.01,2)'" in refused.value.hint
+
+
+def test_preparing_the_first_step_is_not_taken_for_the_pace(
+    pass_context: PassContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(optimised_inputs, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def run(first: float, pace: float) -> float:
+        now[0] = 0.0
+        clock = optimised_inputs._Clock(begun=0.0, seconds=60.0, rounds=1)
+        report = optimised_inputs._Watch(pass_context, clock, 50, must_fit=True).of(0)
+        for step in range(1, 51):
+            now[0] += first if step == 1 else pace
+            report(step, 50)
+        return now[0]
+
+    assert run(first=20.0, pace=0.5) == pytest.approx(44.5)
+    with pytest.raises(CalibrationError, match="more than 60 s"):
+        run(first=0.1, pace=2.0)
+    assert now[0] < 20
 
 
 def test_an_optimisation_that_began_again_says_so(mobile: Model, pass_context: PassContext) -> None:
