@@ -20,6 +20,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as runtime_state
 from octavo.ir.errors import ModelError, OctavoError, UnknownName, UsageError, VerificationFailed
 from octavo.ir.memory import release_memory
 from octavo.ir.model import weight_bytes
+from octavo.ir.parts import parts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,6 +39,7 @@ _LEVELS = {
 _PROVIDERS = ["CPUExecutionProvider"]
 _QUIET = 4
 _IN_MEMORY_BYTES = 256 << 20
+_PART_BYTES = 64 << 20
 _SMALL_BYTES = 1 << 10
 _OPTIMIZED = "session.optimized_model_external_initializers"
 _WRONG_FEED = (runtime_state.InvalidArgument, ValueError)
@@ -214,6 +216,23 @@ class OrtEvaluator:
     def run(self, model: Model, feed: Feed) -> dict[str, NDArray[np.generic]]:
         """The graph outputs of one feed, by output name."""
         return self._session(model, ()).run(feed)
+
+    def outputs(self, model: Model, feeds: Iterable[Feed]) -> list[dict[str, NDArray[np.generic]]]:
+        """The graph outputs of every feed; of a large model only a part is in memory at a time."""
+        if weight_bytes(model) <= _IN_MEMORY_BYTES:
+            run = self.load(model)
+            return [run(feed) for feed in feeds]
+        alive = [dict(feed) for feed in feeds]
+        for part in parts(model, _PART_BYTES):
+            session = model_session(part.model, 1, self.optimization)
+            for held in alive:
+                held |= session.run({name: held[name] for name in session.inputs})
+                for name in part.drops:
+                    del held[name]
+            del session
+            release_memory()
+        names = [value.name or "" for value in model.graph.outputs]
+        return [{name: held[name] for name in names} for held in alive]
 
     def load(self, model: Model) -> Callable[[Feed], dict[str, NDArray[np.generic]]]:
         """A model that is run by calling it, on one thread; it lives as long as the caller."""

@@ -237,7 +237,9 @@ class _Job:
     def run(self, cache: Cache | None) -> Compiled:
         source = _source_file(self.model, self.ctx.workdir)
         probes = self._probe_feeds()
-        measured = Measured(source, self.feed, probes, self.request, cache)
+        measured = Measured(
+            source, self.model, self.ctx.evaluator, self.feed, probes, self.request, cache
+        )
         early = None
         if self.model.source.bytes < _SMALL_BYTES:
             early = self.ctx.executor.submit(lambda: measured.reference)
@@ -296,7 +298,9 @@ class _Job:
     def plan(self, cache: Cache | None) -> tuple[Model, tuple[str, ...]]:
         """The planned model, and what to know of it."""
         source = _source_file(self.model, self.ctx.workdir)
-        measured = Measured(source, self.feed, (), self.request, cache)
+        measured = Measured(
+            source, self.model, self.ctx.evaluator, self.feed, (), self.request, cache
+        )
         planner = Planner(
             self.request, self.model, self.pipeline, self.ctx, self.feed, self.finish, measured
         )

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from octavo.ir.artifact import Artifact, Bench
     from octavo.ir.backend import Backend
     from octavo.ir.calibration import Feed
+    from octavo.ir.evaluate import Evaluator
+    from octavo.ir.model import Model
 
 _BENCH_SECONDS = 0.3
 
@@ -32,6 +34,8 @@ class Measured:
     """Latencies, speeds and outputs of artifacts of one source, on one feed and some probes."""
 
     source: Path
+    model: Model
+    evaluator: Evaluator
     feed: Feed
     probes: Sequence[Feed]
     request: Request
@@ -74,13 +78,7 @@ class Measured:
         return compare(self.reference, self.outputs(artifact))
 
     def outputs(self, artifact: Artifact) -> tuple[Outputs, ...]:
-        return self._run(artifact.path)
-
-    @property
-    def reference(self) -> tuple[Outputs, ...]:
-        return self._run(self.source)
-
-    def _run(self, path: Path) -> tuple[Outputs, ...]:
+        path = artifact.path
         if path not in self.seen:
             threads = self.request.threads
             session = self.backend.open(path, threads=threads)
@@ -88,6 +86,13 @@ class Measured:
             del session
             release_memory()
         return self.seen[path]
+
+    @property
+    def reference(self) -> tuple[Outputs, ...]:
+        """The outputs of the source."""
+        if self.source not in self.seen:
+            self.seen[self.source] = tuple(self.evaluator.outputs(self.model, self.probes))
+        return self.seen[self.source]
 
     def _bench(self, artifacts: Sequence[Artifact]) -> Bench:
         files = [artifact.path for artifact in artifacts]

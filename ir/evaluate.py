@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ class Evaluator(Protocol):
         self, model: Model, batches: Batches, values: Sequence[str]
     ) -> Iterator[dict[str, NDArray[np.generic]]]:
         """The named values (intermediate ones too) for every feed, one feed at a time."""
+
+    def outputs(self, model: Model, feeds: Iterable[Feed]) -> list[dict[str, NDArray[np.generic]]]:
+        """The graph outputs of every feed; of a large model only a part is in memory at a time."""
 
     def load(self, model: Model) -> Callable[[Feed], dict[str, NDArray[np.generic]]]:
         """A model that is run by calling it, on one thread; it lives as long as the caller."""

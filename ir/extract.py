@@ -74,6 +74,15 @@ def _needed(
     return nodes[::-1], read
 
 
+def variable_values(graph: onnx_ir.Graph) -> frozenset[int]:
+    """Ids of the values of a graph that depend on one of its inputs; all others are constants."""
+    known = {id(value) for value in graph.inputs}
+    for node in graph:
+        if any(id(value) in known for value in read_by(node)):
+            known.update(id(value) for value in node.outputs)
+    return frozenset(known)
+
+
 def values_by_name(model: Model) -> dict[str, onnx_ir.Value]:
     """Every value of the top-level graph: inputs, constants, and what nodes compute."""
     graph = model.graph

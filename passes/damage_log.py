@@ -52,11 +52,11 @@ class DamageLog(Instrument):
         if reference is None or ctx.calibration is None:
             return None
         damage = OutputDamage.of(reference.model)
-        # The reference's session ends before the model's begins.
         known = self._expected(reference.model, ctx, ctx.calibration)
-        run = ctx.evaluator.load(model)
+        found = ctx.evaluator.outputs(model, [feed for feed, _ in known])
         rows = [
-            damage.per_sample(expected, run(feed), samples_of(feed)) for feed, expected in known
+            damage.per_sample(expected, outputs, samples_of(feed))
+            for (feed, expected), outputs in zip(known, found, strict=True)
         ]
         return float(np.concatenate(rows).mean())
 
@@ -68,6 +68,7 @@ class DamageLog(Instrument):
         if key not in self._known:
             macs = sample_macs(reference, ctx, batches)
             samples = affordable_samples(macs, _MACS, _SAMPLES, _LEAST_SAMPLES)
-            run = ctx.evaluator.load(reference)
-            self._known[key] = [(feed, run(feed)) for feed in first_samples(batches, samples)]
+            feeds = list(first_samples(batches, samples))
+            expected = ctx.evaluator.outputs(reference, feeds)
+            self._known[key] = list(zip(feeds, expected, strict=True))
         return self._known[key]

@@ -173,8 +173,7 @@ class _Outputs:
     def of(model: Model, ctx: PassContext, batches: Batches, samples: int) -> _Outputs:
         names = [value.name or "" for value in model.graph.inputs]
         feeds = [{name: feed[name] for name in names} for feed in first_samples(batches, samples)]
-        run = ctx.evaluator.load(model)
-        return _Outputs(feeds, [run(feed) for feed in feeds], OutputDamage.of(model), ctx)
+        return _Outputs(feeds, ctx.evaluator.outputs(model, feeds), OutputDamage.of(model), ctx)
 
     @property
     def metric(self) -> str:
@@ -186,9 +185,9 @@ class _Outputs:
 
     def damage(self, model: Model) -> float:
         """Mean over samples."""
-        run = self.ctx.evaluator.load(model)
+        found = self.ctx.evaluator.outputs(model, self.feeds)
         rows = [
-            self.kinds.per_sample(truth, run(feed), samples_of(feed))
-            for truth, feed in zip(self.expected, self.feeds, strict=True)
+            self.kinds.per_sample(truth, outputs, samples_of(feed))
+            for truth, outputs, feed in zip(self.expected, found, self.feeds, strict=True)
         ]
         return float(np.concatenate(rows).mean())

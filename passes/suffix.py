@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, final
 
-from octavo.ir.extract import extract, read_by
+from octavo.ir.extract import extract, read_by, variable_values
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -29,11 +29,7 @@ class Flow:
     @cached_property
     def variable(self) -> frozenset[int]:
         """Ids of the values that depend on a graph input; all others are constants."""
-        known = {id(value) for value in self.model.graph.inputs}
-        for node in self.model.graph:
-            if any(id(value) in known for value in read_by(node)):
-                known.update(id(value) for value in node.outputs)
-        return frozenset(known)
+        return variable_values(self.model.graph)
 
     def suffix(self, starts: Iterable[onnx_ir.Node]) -> Suffix:
         """The starts with everything that depends on them."""
