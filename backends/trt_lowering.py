@@ -1,7 +1,7 @@
 """Lower a planned model to the graph that TensorRT builds with int8 kernels.
 
-Q and DQ with signed codes and no zero point but 0 in front of weighted operators, codes in front
-of a DQ as weights, float16 for everything else: TensorRT 11 computes in the types it is given.
+Q and DQ with signed or float8 codes and no zero point but 0 in front of weighted operators, codes
+in front of a DQ as weights, float16 for all else: TensorRT 11 computes in the types it is given.
 """
 
 from __future__ import annotations
@@ -95,13 +95,14 @@ def _rewrite(graph: onnx_ir.Graph, fake: onnx_ir.Node) -> None:
 
 
 def _quantized_activation(graph: onnx_ir.Graph, fake: onnx_ir.Node) -> None:
-    """`x → Q → DQ`; the zero point says that the codes are signed."""
+    """`x → Q → DQ`; the zero point says of which type the codes are."""
     value, params = input_of(fake, 0), params_of(fake)
-    scale = constant(graph, f"{value.name}_scale", params.scale)
-    zero = constant(graph, f"{value.name}_zero_point", np.zeros((), np.int8))
-    codes = insert(graph, fake, "QuantizeLinear", [value, scale, zero], f"{value.name}_q")
-    codes.outputs[0].type = onnx_ir.TensorType(onnx_ir.DataType.INT8)
-    name = f"{value.name}_dq"
+    dtype, stem = params.spec.onnx_type, f"{value.name}{'_f8' if params.spec.float8 else ''}"
+    scale = constant(graph, f"{stem}_scale", params.scale)
+    zero = constant(graph, f"{stem}_zero_point", np.zeros((), dtype.numpy()))
+    codes = insert(graph, fake, "QuantizeLinear", [value, scale, zero], f"{stem}_q")
+    codes.outputs[0].type = onnx_ir.TensorType(dtype)
+    name = f"{stem}_dq"
     replace(graph, fake, "DequantizeLinear", [codes.outputs[0], scale, zero], name=name)
 
 

@@ -193,6 +193,9 @@ def _weighted(node: onnx_ir.Node) -> Iterator[Finding]:
         reason = "INT4 weights beside INT8 activations: there is no such kernel"
         fix = "use INT8 weights, or leave the activations float16"
         yield Finding("w4a8", name, reason, fix)
+    elif activation is not None and (activation.codes == _FP8) != (weight.codes == _FP8):
+        reason = f"{weight.codes} weights beside {activation.codes} activations: it does not build"
+        yield Finding("formats", name, reason, f"quantize both to {weight.codes}")
     yield from _weight_axis(node, weight)
     if activation is None and weight.codes == "INT8" and node.op_type.startswith("Conv"):
         reason = "the weight is quantized and the activation is not: it runs as float"

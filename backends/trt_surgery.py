@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import onnx
 import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.logger import G_LOGGER
 
 from octavo.ir.write import INLINE_BYTES
 
@@ -27,7 +28,9 @@ def operate(path: Path) -> None:
     proto = onnx.load(path)
     if any(a.HasField("g") or a.graphs for node in proto.graph.node for a in node.attribute):
         return
-    graph = gs.import_onnx(proto)
+    # It warns of tensors of float8, which it hands on as they are.
+    with G_LOGGER.suppress(G_LOGGER.ERROR):
+        graph = gs.import_onnx(proto)
     for node in graph.nodes:
         if node.op == "Cast":
             _join(node)

@@ -7,6 +7,7 @@ parses and compiles. The speeds are nominal: nothing was measured on these parts
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
@@ -23,6 +24,8 @@ from octavo.ir.target import Condition, KernelRow, Target
 if TYPE_CHECKING:
     import onnx_ir
 
+# Tensor cores multiply float8 numbers 16 channels at a time, under filters of this many entries.
+_FLOAT8_CHANNELS, _FLOAT8_FILTER = 16, 32
 # TensorRT documents 64 and 128 for weights of 4 bits.
 BLOCKS = (64, 128)
 NEWEST_OPSET, NEWEST_IR_VERSION = 25, 13
@@ -76,6 +79,19 @@ def _rows(node: onnx_ir.Node) -> int:
     return rows if isinstance(rows, int) else 1
 
 
+def _fits_tensor_cores(node: onnx_ir.Node) -> bool:
+    weight = node.inputs[1]
+    outputs, inputs, *filter_ = weight.shape.numpy() if weight and weight.shape else (1, 1)
+    whole = outputs % _FLOAT8_CHANNELS == inputs % _FLOAT8_CHANNELS == 0
+    return whole and math.prod(filter_) < _FLOAT8_FILTER
+
+
+_TENSOR_CORES = Condition(
+    f"channels in multiples of {_FLOAT8_CHANNELS}, a filter of fewer than {_FLOAT8_FILTER} entries",
+    _fits_tensor_cores,
+)
+
+
 def _conv(kind: str, speed: float) -> KernelRow:
     return KernelRow(
         "Conv", "static", ("Conv",), weights=(1,), bits=(8,), bias=2, output="either",
@@ -87,6 +103,14 @@ def _matrix(op_type: str, axis: int, bias: int | None, *conditions: Condition) -
     return KernelRow(
         op_type, "static", (op_type,), weights=(1,), weight_axis=axis, bits=(8,), bias=bias,
         output="either", conditions=conditions, speed=0.55,
+    )  # fmt: skip
+
+
+def _float8(op_type: str, axis: int, bias: int | None, *conditions: Condition) -> KernelRow:
+    return KernelRow(
+        op_type, "float8", (op_type,), weights=(1,), weight_axis=axis, bits=(8,), bias=bias,
+        output="float", conditions=conditions, speed=0.55,
+        note="operand and weight are float8 numbers, sums and output float16",
     )  # fmt: skip
 
 
@@ -123,6 +147,12 @@ _ROWS = (
     _blocks("Gemm", 1, 2, *gemm_conditions(0)),
     _blocks("Gemm", 0, 2, *gemm_conditions(1)),
 )  # fmt: skip
+_FLOAT8_ROWS = (
+    _float8("Conv", 0, 2, float_constant(1), group("dense"), _TENSOR_CORES),
+    _float8("MatMul", 1, None, *_MATMUL),
+    _float8("Gemm", 1, 2, *gemm_conditions(0)),
+    _float8("Gemm", 0, 2, *gemm_conditions(1)),
+)
 
 _MOVES = "it runs in the type of its input: quantizers move through it"
 _FLOAT = "it runs in float16 or float32; Q and DQ around it would only add work"
@@ -143,7 +173,7 @@ def _target(name: str, part: Part, features: tuple[str, ...], runtime: str) -> T
     return Target(
         name=name,
         runtime=runtime,
-        rows=_ROWS,
+        rows=(*_ROWS, *(_FLOAT8_ROWS if part.fp8 else ())),
         fused_activations=("Relu", "Clip"),
         activation_dtype="s8",
         weight_bits=8,

@@ -1,4 +1,4 @@
-"""Round activations as integer kernels would: by calibrated, run-time or per-block parameters."""
+"""Round activations as kernels would: by calibrated, run-time or per-block parameters."""
 
 from __future__ import annotations
 
@@ -53,6 +53,10 @@ class ActivationRounding:
     def dynamic(self, array: Array) -> Array:
         """On the u8 grid of the array's own extremes (ONNX DynamicQuantizeLinear)."""
         return self._dynamic({"x": array})["y"]
+
+    def float8(self, array: NDArray[Any]) -> Array:
+        """On the float8 grid that ends at the array's own largest magnitude."""
+        return round_weight(array, QuantSpec("f8", symmetric=True))
 
     def blocks(self, array: NDArray[Any], size: int) -> Array:
         """On a symmetric s8 grid per `size` entries of the last axis, as MatMulNBits does."""

@@ -71,6 +71,14 @@ def static_values(model: Model, target: Target) -> list[str]:
     return list(dict.fromkeys(v.name or "" for v in values if v.const_value is None))
 
 
+def float8_values(model: Model, target: Target) -> list[str]:
+    """Names of the activations that a float8 kernel of the target could read."""
+    rows = ((node, target.support(node, "float8").row) for node in model.graph)
+    read = (node.inputs[k] for node, row in rows if row is not None for k in row.operands)
+    values = (v for v in read if v is not None and v.const_value is None)
+    return list(dict.fromkeys(v.name or "" for v in values))
+
+
 def calibrated(chain: Chain, ranges: Ranges) -> bool:
     """Whether every activation that the chain's kernel reads or writes has a range."""
     values = (*chain.operands, *chain.outputs)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, final
 
 from octavo.ir.constants import constant_behind
 from octavo.ir.errors import UsageError
-from octavo.ir.facts import FLOAT, Choice, Fact, Option, Plan
+from octavo.ir.facts import FLOAT, Choice, Fact, Option, Plan, Ranges
 from octavo.ir.quant import PerAxis, PerBlock, PerTensor, QuantSpec, kernel_blocks, signed_type
 from octavo.passes.base import Pass, Statistic
-from octavo.passes.chains import bias_add, static_chains, static_values
+from octavo.passes.chains import bias_add, float8_values, static_chains, static_values
+from octavo.passes.groups import weight_row
 from octavo.passes.partition import Edge, Item, integer_side
 from octavo.passes.patterns import select
 from octavo.passes.stored_once import without_float_copies
@@ -44,8 +45,9 @@ class ChooseKernels(Pass):
     node the best of dynamic quantization, storage and plain float.
     **Why.** A quantizer around a node whose integer kernel is slow or missing costs time; only
     the whole path tells whether an integer kernel pays.
-    `bits` are those of weights in the file; kernels multiply bytes, so that fewer are unpacked when
-    the model loads, and cost no time.
+    With `float8` a node that is not static gets a float8 kernel, with `weight-only` one that reads
+    blocks, instead of dynamic quantization. `bits` are those of weights in the file; kernels
+    multiply bytes, so that fewer are unpacked when the model loads, and cost no time.
     **When it does not apply.** No calibrated range (no data): no static option; nor where a mask
     would leave the scores of a Softmax a few of 256 steps. No row in the target's table, a pattern
     in `keep_float`, or too few weights to shrink: float, with the reason.
@@ -58,6 +60,7 @@ class ChooseKernels(Pass):
 
     static: bool = True
     dynamic: bool = True
+    float8: bool = False
     storage: bool = True
     weight_only: bool = False
     recurrent: bool = False
@@ -66,15 +69,17 @@ class ChooseKernels(Pass):
     keep_float: tuple[str, ...] = ()
 
     def statistics(self, model: Model, ctx: PassContext) -> tuple[Statistic, ...]:
-        """Ranges of every value a static kernel of the target could read or write."""
-        if not self.static:
-            return ()
-        return tuple(Statistic("range", name) for name in static_values(model, ctx.target))
+        """Ranges of every value that a kernel with calibrated operands could read or write."""
+        names = static_values(model, ctx.target) if self.static else []
+        names += float8_values(model, ctx.target) if self.float8 else []
+        return tuple(Statistic("range", name) for name in dict.fromkeys(names))
 
     def run(self, model: Model, ctx: PassContext) -> Model:
         if not 1 <= self.bits <= _BYTE:
             message = f"weights of {self.bits} bits cannot be stored"
             raise UsageError(message, hint="give choose-kernels{bits=…} from 1 to 8")
+        if self.float8:
+            _check_float8(model, ctx)
         kept = select(model, self.keep_float)
         chains = static_chains(model, ctx, kept) if self.static else {}
         total = sum(ctx.cost.seconds(node, "float") or 0.0 for node in model.graph)
@@ -105,9 +110,11 @@ class ChooseKernels(Pass):
         reason = support.reason if support.row is None else "no calibrated range"
         reason = "slower as an integer kernel here" if candidate else reason
         stored = ctx.target.support(node, "storage").row
-        blocks = ctx.target.support(node, "weight-only").row if self.weight_only else None
-        packed = stored or blocks
+        read = ctx.target.support(node, self._method).row if self._method != "dynamic" else None
+        packed = stored or read
         seconds = self._seconds(node, ctx, total)
+        if packed is None and self.float8 and weight_row(node, ctx.target) is not None:
+            return Choice(FLOAT, ctx.target.support(node, "float8").reason)
         if packed is None or not _worth_storing(node, packed):
             small = f"{reason}; too few weights to shrink" if packed else reason
             return Choice(FLOAT, small, _named(seconds)) if packed or candidate else None
@@ -130,14 +137,21 @@ class ChooseKernels(Pass):
         table = constant_behind(node.inputs[0])
         return table is not None and table.shape.numpy()[1] % self.block_size == 0
 
+    @property
+    def _method(self) -> Method:
+        """How nodes with weights compute that are neither static nor float."""
+        if self.weight_only:
+            return "weight-only"
+        return "float8" if self.float8 else "dynamic"
+
     def _seconds(self, node: onnx_ir.Node, ctx: PassContext, total: float) -> dict[Method, float]:
         """Seconds of every option but static that is allowed, `total` being the whole graph's."""
         seconds: dict[Method, float] = {"float": ctx.cost.seconds(node, "float") or 0.0}
-        method: Method = "weight-only" if self.weight_only else "dynamic"
+        method = self._method
         allowed = self.dynamic and (self.recurrent or node.op_type not in _RECURRENT)
         if self.weight_only:
             allowed = _fills_blocks(node, self.block_size)
-        integer = ctx.cost.seconds(node, method) if allowed else None
+        integer = ctx.cost.seconds(node, method) if allowed or method == "float8" else None
         if integer is None:
             return seconds
         # Nothing averages the error of an output layer: its kernel has to save more. Blocks of few
@@ -157,6 +171,8 @@ class ChooseKernels(Pass):
             half = self.bits < _BYTE or ctx.target.half_scales
             return Option(method, replace(spec, half_scales=half))
         spec = _weight_spec(row, node, self.bits)
+        if method == "float8":
+            return Option(method, replace(_computed(spec, ctx.target), dtype="f8"))
         return Option(method, spec if method == "storage" else _computed(spec, ctx.target))
 
 
@@ -200,6 +216,15 @@ def _static_choice(chain: Chain, node: onnx_ir.Node, ctx: PassContext, bits: int
         str(m): s for m in ("float", "static") if (s := ctx.cost.seconds(node, m)) is not None
     }
     return Choice(Option("static", weight), chain.row.note or "integer kernel", seconds)
+
+
+def _check_float8(model: Model, ctx: PassContext) -> None:
+    """Refuse float8 kernels where the target has none, or nothing was calibrated."""
+    if not any(row.method == "float8" for row in ctx.target.rows):
+        hint = "octavo targets show lists the kernels of a target; tensorrt-sm89 has float8 ones"
+        raise UsageError(f"{ctx.target.name} has no float8 kernels", hint=hint)
+    if model.find(Ranges) is None:
+        raise UsageError("float8 kernels need calibrated ranges", hint="give --calibration DATA")
 
 
 def _named(seconds: Mapping[Method, float]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from octavo.ir.constants import own_constant
 from octavo.ir.facts import Fact, Placement, Plan, Range, Ranges
 from octavo.ir.fake_quant import DOMAIN, OPTION, declare_functions, fake_quant_node
 from octavo.ir.mapped import reading
-from octavo.ir.quant import QuantParams, fitted, params_for_range, params_for_weight
+from octavo.ir.quant import QuantParams, QuantSpec, fitted, params_for_range, params_for_weight
 from octavo.ir.reference import Reference
 from octavo.passes.base import Pass
 from octavo.passes.tied_weights import stored, tied_weights
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from octavo.ir.facts import Option, Site
     from octavo.ir.model import Model
-    from octavo.ir.quant import QuantSpec
     from octavo.passes.base import PassContext
 
 
@@ -34,7 +33,8 @@ class InsertFakeQuant(Pass):
 
     **What it does.** Adds a FakeQuant after every placed value, with parameters from its group's
     calibrated range, and one between every planned weight and its reader; activations of dynamic
-    nodes get a FakeQuantDynamic. The reader carries its option as `octavo.option`.
+    nodes get a FakeQuantDynamic, those of float8 nodes a FakeQuantFloat8 up to the largest
+    magnitude seen. The reader carries its option as `octavo.option`.
     **Why.** The graph now computes what the integer kernels will, so it can be run, compared and
     lowered to any target.
     **When it does not apply.** Values without a site and nodes the plan leaves float.
@@ -77,6 +77,9 @@ class InsertFakeQuant(Pass):
                 ctx.count("weights")
             if choice.option.method == "dynamic":
                 _insert_dynamic(model, node, row.operands[0])
+            if choice.option.method == "float8":
+                for index in row.operands:
+                    _insert_float8(model, node, index, ctx.target.half_scales)
 
 
 def _values(model: Model) -> dict[str, onnx_ir.Value]:
@@ -209,5 +212,21 @@ def _insert_dynamic(model: Model, node: onnx_ir.Node, index: int) -> None:
         made = onnx_ir.node("FakeQuantDynamic", [value], domain=DOMAIN, name=name)
         made.outputs[0].name = f"{name}_fq"
         made.outputs[0].shape, made.outputs[0].type = value.shape, value.type
+        model.graph.insert_before(node, made)
+    node.replace_input_with(index, made.outputs[0])
+
+
+def _insert_float8(model: Model, node: onnx_ir.Node, index: int, half_scales: bool) -> None:
+    """Float8 numbers lose nothing by a wide range: their steps are relative."""
+    value = node.inputs[index]
+    assert value is not None
+    name = f"{value.name}_float8"
+    made = next((u.node for u in value.uses() if u.node.name == name), None)
+    if made is None:
+        found = _range(value, model.find(Ranges))
+        spec = QuantSpec("f8", symmetric=True, half_scales=half_scales)
+        params = params_for_range(spec, found.observed_low, found.observed_high)
+        made = fake_quant_node(value, params, name, model.graph)
+        made.outputs[0].name = f"{name}_fq"
         model.graph.insert_before(node, made)
     node.replace_input_with(index, made.outputs[0])

@@ -10,7 +10,7 @@ import numpy as np
 
 from octavo.ir.constants import constant_behind
 from octavo.ir.errors import UsageError
-from octavo.ir.facts import FLOAT, Fact, Option, Portable
+from octavo.ir.facts import FLOAT, Fact, Option, Portable, Ranges
 from octavo.ir.mapped import reading
 from octavo.ir.menu import Group, Menu, Offer
 from octavo.ir.option_bytes import scale_count
@@ -25,7 +25,7 @@ from octavo.ir.quant import (
 )
 from octavo.ir.target import Tie
 from octavo.passes.base import Pass, Statistic
-from octavo.passes.chains import static_chains, static_values
+from octavo.passes.chains import float8_values, static_chains, static_values
 from octavo.passes.fixed_bytes import fixed_bytes
 from octavo.passes.groups import find_groups
 from octavo.passes.offer_bytes import offer_bytes
@@ -60,15 +60,14 @@ class OfferOptions(Pass):
     """List the options of every decision group, with exact bytes, seconds and bit operations.
 
     **What it does.** Finds the groups of nodes that must agree, and offers each: float; integer
-    kernels with calibrated or run-time activations; kernels that read low-bit weights; low-bit
-    storage that unpacks when the model loads, for integer or float compute. Nodes without
-    weights that an integer kernel exists for are offered that kernel.
+    kernels with calibrated or run-time activations; float8 kernels; kernels that read low-bit
+    weights; low-bit storage that unpacks when the model loads, for integer or float compute. Nodes
+    without weights that an integer kernel exists for are offered that kernel.
     **Why.** `allocate` chooses among offers and knows nothing of kernels.
     **When it does not apply.** An option without a row in the target's table, without calibrated
-    ranges (static), or on a node that `keep_float` names is not offered. `portable` leaves what
-    OpenVINO and TensorRT execute too: float16, int8 weights of static kernels, and 8- or 4-bit
-    blocks of MatMul as DequantizeLinear; TensorRT wants signed activations besides
-    (`place-quantizers{dtype=s8}`).
+    ranges (static and float8), or on a node that `keep_float` names is not offered. `portable`
+    leaves what OpenVINO and TensorRT execute too: float16, int8 weights of static kernels, and 8-
+    or 4-bit blocks of MatMul as DequantizeLinear.
     **Cost and accuracy.** Changes nothing by itself.
     """
 
@@ -80,6 +79,7 @@ class OfferOptions(Pass):
     blocks: tuple[int, ...] = (32, 64, 128)
     static: bool = True
     dynamic: bool = True
+    float8: bool = True
     weight_only: bool = True
     storage: bool = True
     recurrent: bool = True
@@ -90,10 +90,10 @@ class OfferOptions(Pass):
     ties: tuple[Tie, ...] = ()
 
     def statistics(self, model: Model, ctx: PassContext) -> tuple[Statistic, ...]:
-        """Ranges of every value a static kernel of the target could read or write."""
-        if not self.static:
-            return ()
-        return tuple(Statistic("range", name) for name in static_values(model, ctx.target))
+        """Ranges of every value that a kernel with calibrated operands could read or write."""
+        names = static_values(model, ctx.target) if self.static else []
+        names += float8_values(model, ctx.target) if self.float8 else []
+        return tuple(Statistic("range", name) for name in dict.fromkeys(names))
 
     def run(self, model: Model, ctx: PassContext) -> Model:
         if self.portable and not set(_PORTABLE_BITS) & set(self.bits):
@@ -112,7 +112,7 @@ class OfferOptions(Pass):
                 groups[name] = _kept(weighted[name], kept)
             elif name in chains and name not in of_node and name not in absorbed:
                 groups[name] = Group(name, (name,), role=node.op_type)
-        maker = _Maker(self, ctx, nodes, chains, kept)
+        maker = _Maker(self, ctx, nodes, chains, kept, model.find(Ranges))
         offers = {name: tuple(maker.offers(group)) for name, group in groups.items()}
         offers = {n: found for n, found in offers.items() if n in weighted or len(found) > 1}
         ctx.count("groups", len(offers))
@@ -132,6 +132,7 @@ class _Maker:
     nodes: Mapping[str, onnx_ir.Node]
     chains: Mapping[str, Chain]
     kept: Mapping[str, str]
+    ranges: Ranges | None = None
     largest: dict[str, float] = field(default_factory=dict)
 
     def offers(self, group: Group) -> Iterator[Offer]:
@@ -179,6 +180,8 @@ class _Maker:
             yield ("storage", _HALF_BITS, 0)
         for method in (name for name, wanted in allowed.items() if wanted):
             yield from ((method, bits, 0) for bits in request.bits)
+        if request.float8:
+            yield ("float8", _CODE_BITS, 0)
         if request.storage:
             # Blocks of weights that are unpacked: nothing else reads those of recurrent nodes.
             narrow = [bits for bits in request.bits if bits < _WIDE_BITS]
@@ -216,15 +219,23 @@ class _Maker:
         if size and method == "storage" and not _has_blocks(node, size):
             return None
         row = self.ctx.target.support(node, method).row
-        if row is None:
+        if row is None or (method == "float8" and not self._has_range(node, row)):
             return None
         if bits == _HALF_BITS:
             fits = all(self._largest(node.inputs[k]) <= QuantSpec("f16").qmax for k in row.weights)
             return Option(method, QuantSpec("f16")) if fits and row.weights else None
-        return Option(method, self._spec(row, node, bits, size) if row.weights else None)
+        if not row.weights:
+            return Option(method)
+        spec = self._spec(row, node, bits, size)
+        return None if row.refusal(spec) else Option(method, spec)
+
+    def _has_range(self, node: onnx_ir.Node, row: KernelRow) -> bool:
+        known = self.ranges.by_value if self.ranges is not None else {}
+        values = (node.inputs[index] for index in row.operands)
+        return all(value is not None and value.name in known for value in values)
 
     def _spec(self, row: KernelRow, node: onnx_ir.Node, bits: int, size: int) -> QuantSpec:
-        dtype = signed_type(bits)
+        dtype = "f8" if row.method == "float8" else signed_type(bits)
         weight = node.inputs[row.weights[0]]
         rank = weight.shape.rank() if weight is not None and weight.shape is not None else 0
         if node.op_type in _RECURRENT:

@@ -15,6 +15,7 @@ from octavo.ir.constants import constant_behind
 from octavo.ir.mapped import reading
 from octavo.ir.menu import Damage, Menu
 from octavo.ir.quant import PerBlock
+from octavo.passes.groups import weight_row
 from octavo.passes.rounding import nearest, rounder_of
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class OfferedRounding:
 
     def _indexed(self, node: onnx_ir.Node) -> list[tuple[int, onnx_ir.Value]]:
         """The weights of a node with the index of their input."""
-        row = self.target.support(node, "storage").row
+        row = weight_row(node, self.target)
         found = [(index, node.inputs[index]) for index in row.weights] if row is not None else []
         return [(index, value) for index, value in found if value is not None]
 
@@ -148,14 +149,21 @@ class OfferedRounding:
         methods = {option.method for option in offer.options.values()}
         if "dynamic" in methods:
             return f"dynamic {self.group}"
+        if "float8" in methods:
+            return f"float8 {self.group}"
         if "weight-only" in methods:
             return f"blocks {self.group} {_block_size(offer)}"
         return None
 
     def _rounder(self, offer: Offer) -> Callable[[Mapping[str, Array]], Values]:
         names = [value.name or "" for value in self.operands]
-        if any(option.method == "dynamic" for option in offer.options.values()):
-            return lambda fed: {n: self.activations.dynamic(fed[n]) for n in names if n in fed}
+        methods = {option.method for option in offer.options.values()}
+        for method, rounds in (
+            ("dynamic", self.activations.dynamic),
+            ("float8", self.activations.float8),
+        ):
+            if method in methods:
+                return partial(_each, rounds, names)
         size = _block_size(offer)
         return lambda fed: {n: self.activations.blocks(fed[n], size) for n in names if n in fed}
 
@@ -178,6 +186,12 @@ def _specs(offer: Offer) -> dict[str, QuantSpec]:
     """The weight spec of every node that has one."""
     options: Mapping[str, Option] = offer.options
     return {name: o.weight for name, o in options.items() if o.weight is not None}
+
+
+def _each(
+    rounds: Callable[[Array], Array], names: Sequence[str], fed: Mapping[str, Array]
+) -> Values:
+    return {name: rounds(fed[name]) for name in names if name in fed}
 
 
 def _block_size(offer: Offer) -> int:

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
 
 PRESETS: Mapping[str, str] = {
     "int8": "canonicalize,calibrate,choose-kernels,place-quantizers,insert-fake-quant",
+    "fp8": (
+        "canonicalize,calibrate{method=minmax},choose-kernels{static=false,float8=true},"
+        "insert-fake-quant"
+    ),
     "int8-analytic": "canonicalize,bound-ranges,choose-kernels,place-quantizers,insert-fake-quant",
     "mixed": (
         "canonicalize,fold-scales,halve-constants,calibrate,collect-moments,offer-options,"

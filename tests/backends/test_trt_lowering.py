@@ -25,11 +25,13 @@ from octavo.backends.trt_target import TARGETS
 from octavo.cli.stand_in import stand_in
 from octavo.ir.calibration import Feed
 from octavo.ir.errors import UsageError
+from octavo.ir.menu import Menu
 from octavo.ir.model import Model
 from octavo.ir.read import read
 from octavo.models import fetch, shipped
 from octavo.passes.base import PassContext
 from octavo.passes.pipeline import Pipeline
+from octavo.passes.presets import preset
 
 _SM86 = TARGETS["tensorrt-sm86"]
 _INT8 = "canonicalize,calibrate{method=minmax},choose-kernels,place-quantizers,insert-fake-quant"
@@ -77,6 +79,76 @@ def test_a_file_computes_what_the_planned_graph_does(
     assert _error(actual, expected) < _NETWORKS[name]
     assert [a.dtype for a in actual.values()] == [e.dtype for e in expected.values()]
     assert broken_rules(artifact.path, _SM86) == []
+
+
+def _quantizers(path: Path) -> list[tuple[str, str, onnx.TensorProto | None, Any]]:
+    """Operator, type of the codes, constant data and scale of every Q and DQ."""
+    graph = onnx.load(path).graph
+    held = {t.name: t for t in graph.initializer}
+    found = []
+    for node in (n for n in graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")):
+        codes = held.get(node.input[0]) or held[node.input[2]]
+        kind = onnx.TensorProto.DataType.Name(codes.data_type)
+        scale = onnx.numpy_helper.to_array(held[node.input[1]])
+        found.append((node.op_type, kind, held.get(node.input[0]), scale))
+    return found
+
+
+def test_float8_is_written_on_both_sides_of_a_product(
+    tmp_path: Path, calibrated: Calibrated, feed_of: Feeds
+) -> None:
+    source = _random("""<ir_version: 10, opset_import: ["" : 21]>
+        g (float[N,32,6,6] x) => (float[N,20,6,6] y)
+        <float[48,32,3,3] a = {0}, float[20,48,1,1] b = {0}> {
+            [first] h = Conv <pads: ints = [1, 1, 1, 1]> (x, a) [relu] r = Relu (h)
+            [narrow] y = Conv (r, b)
+        }""")
+    target = TARGETS["tensorrt-sm89"]
+    ctx = calibrated(source, target=target)
+    planned = Pipeline.parse(preset("fp8")).run(source, ctx).model
+    artifact = lower(planned, tmp_path / "model.onnx", target)
+    assert {n.node: n.option for n in artifact.planned} == {
+        "first": "float8:f8/axis0", "narrow": "float",
+    }  # fmt: skip
+    # 20 channels are no multiple of 16.
+    assert "multiples of 16" in next(n.reason for n in artifact.planned if n.node == "narrow")
+    found = _quantizers(artifact.path)
+    assert {kind for _, kind, *_ in found} == {"FLOAT8E4M3FN"}
+    (quantize,) = (scale for op_type, *_, scale in found if op_type == "QuantizeLinear")
+    seen = max(float(np.abs(feed["x"]).max()) for feed in ctx.calibration or ())
+    np.testing.assert_allclose(quantize, seen / 448, rtol=2**-11)
+    weight = next(iter(source.graph.initializers.values())).const_value
+    assert weight is not None
+    (scale,) = (scale for _, _, codes, scale in found if codes is not None)
+    largest = np.abs(weight.numpy()).max(axis=(1, 2, 3))
+    # A float16 scale has 11 bits, and fewer below 2^-14.
+    np.testing.assert_allclose(scale, largest / 448, rtol=2**-11, atol=2**-25)
+    feed = feed_of(source, 3)
+    expected = OrtEvaluator(threads=1).run(planned, feed)
+    # One number in 2^8 moves by a step of 2^-3 where float16 rounds it across a border.
+    assert _error(make_session(artifact.path, threads=1).run(feed), expected) < 0.01
+    assert broken_rules(artifact.path, target) == []
+    assert {f.rule for f in broken_rules(artifact.path, _SM86) if f.error} == {"part"}
+
+
+def test_parts_without_float8_refuse_it(context: Callable[[Model], PassContext]) -> None:
+    source = read(shipped("fashion-vit"))
+    with pytest.raises(UsageError, match="tensorrt-sm86 has no float8 kernels"):
+        Pipeline.parse(preset("fp8")).run(source, context(source))
+
+
+def test_a_plan_chooses_among_the_formats_of_a_part(calibrated: Calibrated) -> None:
+    source = read(shipped("fashion-vit"))
+    offered = {}
+    for name in ("tensorrt-sm86", "tensorrt-sm120"):
+        ctx = calibrated(source, target=TARGETS[name])
+        text = "canonicalize,calibrate,offer-options"
+        menu = Pipeline.parse(text).run(source, ctx).model.fact(Menu)
+        options = (o for offers in menu.offers.values() for offer in offers for o in
+                   offer.options.values())  # fmt: skip
+        offered[name] = {f"{o.method}:{o.weight.dtype}" for o in options if o.weight is not None}
+    assert offered["tensorrt-sm86"] == {"static:s8", "weight-only:s4"}
+    assert offered["tensorrt-sm120"] == {*offered["tensorrt-sm86"], "float8:f8"}
 
 
 def test_int4_weights_are_native_and_blocked_along_the_sum(
@@ -215,20 +287,24 @@ def test_build_commands_name_every_dynamic_dimension(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(trt_rtx.version() is None, reason="no wheels of TensorRT for RTX")
 @pytest.mark.parametrize(
-    ("name", "target"),
+    ("name", "target", "pipeline"),
     [
-        ("fashion-mobile", "tensorrt"),
-        ("fashion-resnet", "tensorrt-sm80"),
-        ("fashion-vit", "tensorrt-sm89"),
-        ("fashion-lstm", "tensorrt-sm90"),
-        ("fashion-mobile", "tensorrt-sm120"),
+        ("fashion-mobile", "tensorrt", _INT8),
+        ("fashion-resnet", "tensorrt-sm80", _INT8),
+        ("fashion-vit", "tensorrt-sm89", _INT8),
+        ("fashion-lstm", "tensorrt-sm90", _INT8),
+        ("fashion-mobile", "tensorrt-sm120", _INT8),
+        ("fashion-resnet", "tensorrt-sm89", preset("fp8")),
+        ("fashion-vit", "tensorrt-sm90", preset("fp8")),
+        ("fashion-vit", "tensorrt-sm120", preset("fp8")),
     ],
 )
 def test_lowered_files_compile_for_a_part(
-    name: str, target: str, tmp_path: Path, context: Callable[[Model], PassContext]
+    name: str, target: str, pipeline: str, tmp_path: Path, calibrated: Calibrated
 ) -> None:
     source = read(shipped(name))
-    planned = Pipeline.parse(_INT8).run(source, context(source)).model
+    ctx = calibrated(source, target=TARGETS[target])
+    planned = Pipeline.parse(pipeline).run(source, ctx).model
     artifact = lower(planned, tmp_path / "model.onnx", TARGETS[target])
     found: Any = check(artifact.path, TARGETS[target])
     assert found.findings == ()

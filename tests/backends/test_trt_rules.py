@@ -174,6 +174,12 @@ def fp8() -> Net:
     return _linear(net, net.quantized("x", zero=zero), net.weight(codes, 0.1))
 
 
+def float8_with_int8() -> Net:
+    net = Net()
+    codes = (_s8(128, 32).astype(np.float32) / 16).astype(ml_dtypes.float8_e4m3fn)
+    return _linear(net, net.quantized("x"), net.weight(codes, 0.1))
+
+
 def new_opset() -> Net:
     net = good()
     net.opset = 26
@@ -212,6 +218,7 @@ BROKEN: dict[Callable[[], Net], tuple[set[str], bool]] = {
     run_time_ranges: ({"operator"}, True),
     contrib: ({"operator"}, True),
     fp8: ({"part"}, True),
+    float8_with_int8: ({"part", "formats"}, True),
     # The documents forbid what RTX builds.
     int4_with_int8: ({"w4a8"}, False),
     new_opset: ({"opset"}, False),
