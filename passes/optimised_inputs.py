@@ -16,6 +16,7 @@ from octavo.ir.cache import cache_key
 from octavo.ir.errors import CalibrationError
 from octavo.ir.synthetic import Synthetic
 from octavo.ir.versions import versions
+from octavo.passes.leaf_images import leaf_images
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -107,8 +108,9 @@ class InputGroups:
         seconds = clock.share
         if seconds <= 0 and group:
             return None
-        made = draw(self.shapes, self.laws, self.model, self.ctx.rng(f"synthesis {group}"))
-        starts = self._starts(made)
+        rng = self.ctx.rng(f"synthesis {group}")
+        made = draw(self.shapes, self.laws, self.model, rng)
+        starts = self._starts(made, rng)
         fixed = {name: array for name, array in made.items() if name not in starts}
         cache, key = self.ctx.cache, self._key(group)
         stored = cache.get(key) if cache is not None else None
@@ -128,14 +130,21 @@ class InputGroups:
                 cache.put(key, _encode(outcome))
         return {name: {**made, **arrays}[name] for name in made}, outcome
 
-    def _starts(self, drawn: Feed) -> dict[str, Start]:
+    def _starts(self, drawn: Feed, rng: np.random.Generator) -> dict[str, Start]:
         from octavo.ir.torch_synthesis import Start
 
-        return {
+        starts = {
             name: Start(drawn[name], law.deviation, law.low, law.high)
             for name, law in self.laws.items()
             if law.kind != "ids" and drawn[name].dtype.kind == "f"
         }
+        for name, start in starts.items():
+            if self.how.start == "leaves" and start.image:
+                law, dtype = self.laws[name], start.array.dtype
+                leaves = law.mean + law.deviation * leaf_images(start.array.shape, rng)
+                clipped = leaves.clip(law.low, law.high).astype(dtype)
+                starts[name] = replace(start, array=clipped)
+        return starts
 
     def _key(self, group: int) -> str:
         options = repr(replace(self.how, seconds=0.0, samples=0))

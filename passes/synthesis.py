@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Literal, final
 
 from octavo.ir.errors import UnknownName, UsageError
 from octavo.ir.synthetic import Synthetic
@@ -34,9 +34,10 @@ class Synthesis:
     """How inputs are made: `samples` in groups of `batch`, `steps` of size `rate` (deviations).
 
     The terms are those of `torch_synthesis.Terms`; `entropy` counts where no statistics are
-    stored. Texts have up to `length` tokens of the `vocabulary`, drawn by `prior` where the model
-    writes none. `seconds` bounds the whole, and with `all_or_nothing` what would not be finished
-    then is an error after a few steps. `laws` and `shapes` say what the graph does not.
+    stored. Images `start` as leaves, or as noise of the input's law. Texts have up to `length`
+    tokens of the `vocabulary`, drawn by `prior` where the model writes none. `seconds` bounds the
+    whole, and with `all_or_nothing` what would not be finished then is an error after a few steps.
+    `laws` and `shapes` say what the graph does not.
     """
 
     samples: int = 64
@@ -51,6 +52,7 @@ class Synthesis:
     entropy: float = 0.3
     variation: float = 0.1
     low_pass: float = 0.0
+    start: Literal["leaves", "noise"] = "leaves"
     roll: float = 0.0
     length: int = 128
     prior: Prior = "ranked"

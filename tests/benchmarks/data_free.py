@@ -67,6 +67,8 @@ TEXT_SOURCES: Mapping[str, Change] = {
 WRITTEN: Mapping[str, Change] = {"own text": _with()}
 ABLATION: Mapping[str, Change] = {
     "default": _with(),
+    "from noise": _with(start="noise"),
+    "leaves alone": _with(steps=1, rate=1e-9),
     "no statistics": _with(statistics=0.0),
     "nor entropy": _with(statistics=0.0, entropy=1e-9),
     "no labels": _with(labels=0.0),
@@ -274,6 +276,18 @@ def _met(row: Row) -> str:
     return f"{'met' if row.loss <= GOALS[key] else 'missed'} ({GOALS[key]})"
 
 
+def _effects(console: Console, rows: Sequence[Row]) -> None:
+    """Damage of every variant at every width, a column per model, as a table of Markdown."""
+    models = list(dict.fromkeys(row.model for row in rows))
+    damage = {(row.model, row.source, row.bits): f"{row.damage:.4f}" for row in rows if not row.why}
+    widths = sorted({row.bits for row in rows if not row.why}, reverse=True)
+    console.print(f"| damage at {' and '.join(map(str, widths))} bits | {' | '.join(models)} |")
+    console.print("|--" * (len(models) + 1) + "|")
+    for source in dict.fromkeys(row.source for row in rows):
+        cells = [" ".join(damage.get((m, source, bits), "–") for bits in widths) for m in models]
+        console.print(f"| {source} | {' | '.join(cells)} |")
+
+
 def _correlation(console: Console, rows: Sequence[Row]) -> None:
     """Trust against damage beyond that of real data, and against the lost score."""
     real = {(row.model, row.bits): row for row in rows if row.source == _REAL}
@@ -331,6 +345,8 @@ def main(
         found += rows
         if output is not None:
             output.write_text(json.dumps([asdict(row) for row in found], indent=2) + "\n")
+    if ablation:
+        _effects(console, found)
     if trust:
         _correlation(console, found)
 

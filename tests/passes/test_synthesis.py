@@ -141,6 +141,22 @@ def test_inputs_obey_the_given_law(mobile: Model, pass_context: PassContext) -> 
     assert images.max() <= 2.0
 
 
+def test_images_begin_as_leaves_and_anything_else_as_its_law(
+    mobile: Model, pass_context: PassContext
+) -> None:
+    """Of an image, few neighbours differ much; of what is no image, as many as in noise."""
+    how = replace(QUICK, steps=1, rate=1e-9)
+
+    def steps(how: Synthesis) -> Any:
+        return np.abs(np.diff(_images(how.run(mobile, pass_context)), axis=3))
+
+    assert np.median(steps(how)) < 0.2
+    assert np.median(steps(replace(how, start="noise"))) > 0.8
+    model = _canonical(_random(ATTENTION), pass_context)
+    tokens = np.concatenate([feed["x"] for feed in how.run(model, pass_context)])
+    assert np.median(np.abs(np.diff(tokens, axis=2))) > 0.8
+
+
 def test_attention_is_found_by_structure(pass_context: PassContext) -> None:
     model = _canonical(_random(ATTENTION), pass_context)
     assert Evidence.of(model).attended == ("y",)
