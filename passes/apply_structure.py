@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 class ApplyStructure(Pass):
     """Make the graph as small as the plan says.
 
-    **What it does.** Removes the units of every width that the plan narrows, fits all linear
-    layers to what the original ones gave, first to last, and writes layers that get a rank as
-    two. What the plan says of a layer holds for both of the two.
+    **What it does.** Removes the units of every width that the plan narrows; a residual branch
+    of which no unit stays is its bias then. Fits all linear layers to what the original ones gave,
+    first to last, and writes layers that get a rank as two. What the plan says of a layer holds
+    for both of the two.
     **Why.** `allocate` decides, this pass executes; ranges and moments are collected behind it.
     **When it does not apply.** A plan without widths or ranks: nothing changes.
     **Cost and accuracy.** One inference of `samples` samples, and one solution per layer.
@@ -77,11 +78,15 @@ class ApplyStructure(Pass):
             kept = group.units - len(units)
             ctx.count("units removed", len(units))
             text = f"{kept} of {group.units} {group.kind} stay"
+            text += "" if kept else ": the branch is a bias"
             ctx.remark("applied", name.partition("#")[0], text, kept=kept, units=group.units)
         left = {name: pruner.groups[name].units - len(units) for name, units in removed.items()}
         share = work.left(left) / max(work.total, 1)
         ctx.remark("note", "", f"{share:.1%} of the multiply-accumulates are left", macs=share)
-        return smaller
+        plan, nodes = smaller.fact(Plan), {node.name for node in smaller.graph}
+        there = {name: choice for name, choice in plan.by_node.items() if name in nodes}
+        gone = len(there) < len(plan.by_node)
+        return smaller.with_fact(replace(plan, by_node=there)) if gone else smaller
 
     def _factored(self, model: Model, ctx: PassContext, ranks: Mapping[str, LowRank]) -> Model:
         nodes = [node for node in model.graph if node.name in ranks]

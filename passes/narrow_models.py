@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, final
 
 import numpy as np
 
 from octavo.ir.extract import values_by_name
 from octavo.ir.menu import Menu, Units
-from octavo.passes.affine_layers import affine_layers
+from octavo.passes.affine_layers import AffineLayer, affine_layers
 from octavo.passes.base import Recorder
 from octavo.passes.prune_units import Pruner
 from octavo.passes.rewrite import Rewrite
@@ -77,10 +78,14 @@ class NarrowModels:
         """The numbers of a copy that widths may change."""
         return {name: array for name, array in _floats(model).items() if name in self._names}
 
-    @property
+    @cached_property
     def _names(self) -> frozenset[str]:
-        groups = (self.pruner.groups[name] for name in self.units.axis_group.values())
-        return frozenset(tensor for group in groups for tensor, _ in group.labels)
+        """What belongs to units, and the biases by which readers make up for them."""
+        names = self.units.axis_group.values()
+        owned = {tensor for name in names for tensor, _ in self.pruner.groups[name].labels}
+        behind = (AffineLayer.of(r.node) for name in names for r in self.pruner.readers[name])
+        biases = (layer.bias_value for layer in behind if layer is not None)
+        return frozenset(owned | {value.name or "" for value in biases if value is not None})
 
 
 def _floats(model: Model) -> Mapping[str, NDArray[np.generic]]:

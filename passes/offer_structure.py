@@ -12,6 +12,7 @@ from octavo.ir.errors import UsageError
 from octavo.ir.facts import Fact
 from octavo.ir.menu import Menu, Sensitivity, Units
 from octavo.passes.base import Pass
+from octavo.passes.branch_groups import branch_groups
 from octavo.passes.collect_moments import collected, quantizable
 from octavo.passes.patterns import chosen
 from octavo.passes.prune_allocation import output_loss, widths
@@ -23,6 +24,7 @@ from octavo.passes.width_seconds import WidthSeconds, designs
 from octavo.passes.width_shapes import WidthShapes
 
 if TYPE_CHECKING:
+    from octavo.ir.axis_groups import AxisGroup
     from octavo.ir.model import Model
     from octavo.passes.base import PassContext
 
@@ -37,13 +39,14 @@ class OfferStructure(Pass):
     """Add widths of channels, neurons and heads, and ranks of layers, to the menu.
 
     **What it does.** Every set of axes that can only shrink together becomes a decision of its
-    own, with `widths` numbers of units that may stay. Damage is measured with that one width, its
+    own, with `widths` numbers of units that may stay, and none where they are all that a residual
+    branch computes: such a block goes, but for a bias. Damage is measured with that one width, its
     readers repaired by the moments of half of the calibration data, on the other half. What a
     layer's other options take is offered at every width of what it reads and gives: bytes by its
     shapes, seconds from copies of the model that are measured at some widths, interpolated. Layers
     whose widths stay whole are offered as two of lower rank as well, at shares `ranks` of the rank
     that saves nothing, with the damage of the best such weight on the data. `allocate` then decides
-    widths, ranks and bits in one programme, and `apply-structure` executes them.
+    blocks, widths, ranks and bits in one programme, and `apply-structure` executes them.
     **Why.** Half of the channels in 8 bits and all of them in 4 take the same bytes and do very
     different things to outputs and to seconds.
     **When it does not apply.** No calibration data: nothing tells what a width costs. Axes of
@@ -68,22 +71,18 @@ class OfferStructure(Pass):
     keep: tuple[str, ...] = ()
 
     def run(self, model: Model, ctx: PassContext) -> Model:
-        if not all(0 < share < 1 for share in self.ranks):
-            message = "ranks are shares between 0 and 1 of the rank that saves nothing"
-            raise UsageError(message, where=self.name, hint="ranks=0.25;0.5")
-        if self.widths < 2 or self.round_to < 1 or self.samples < 1 or self.copies < 0:
-            message = "widths must be at least 2, round-to and samples 1, and copies 0"
-            raise UsageError(message, where=self.name)
+        self._check()
         if ctx.calibration is None:
             ctx.remark("note", "", "no calibration data: no structure is offered")
             return model
         seen = replace(ctx, calibration=Part(ctx.calibration, 0))
         pruner = Pruner.of(model, seen, self.score, "least-squares", _FITTED_SAMPLES)
         shapes = WidthShapes.of(model, [pruner.groups[n] for n in self._names(model, pruner)])
+        branches = branch_groups(pruner)
         levels = {
             name: (group.units, *some)
             for name, group in shapes.groups.items()
-            if (some := widths(group, self.round_to, self.widths - 1))
+            if (some := self._fewer(group, name in branches))
         }
         if not levels:
             ctx.remark("missed", "", f"nothing could go: {_reasons(pruner)}")
@@ -97,7 +96,8 @@ class OfferStructure(Pass):
             raise UsageError("nothing of the outputs can be compared", where=self.name)
         damages = self._damages(pruner, loss, levels)
         ranks = self._ranks(model, ctx, loss) if self.ranks else None
-        found = WidthOffers(model, ctx, seconds, levels, damages, ranks).with_widths()
+        inside = {name: branch.nodes for name, branch in branches.items() if name in levels}
+        found = WidthOffers(model, ctx, seconds, levels, damages, inside, ranks).with_widths()
         units = {
             width_name(name): {
                 width_text(k, some[0]): () if k == some[0] else pruner.removed(name, k)
@@ -107,6 +107,18 @@ class OfferStructure(Pass):
         }
         ctx.count("widths", sum(map(len, levels.values())))
         return found.with_fact(Units(units, {width_name(name): name for name in levels}))
+
+    def _check(self) -> None:
+        if not all(0 < share < 1 for share in self.ranks):
+            message = "ranks are shares between 0 and 1 of the rank that saves nothing"
+            raise UsageError(message, where=self.name, hint="ranks=0.25;0.5")
+        if self.widths < 2 or self.round_to < 1 or self.samples < 1 or self.copies < 0:
+            message = "widths must be at least 2, round-to and samples 1, and copies 0"
+            raise UsageError(message, where=self.name)
+
+    def _fewer(self, group: AxisGroup, branch: bool) -> list[int]:
+        """Numbers of units that may stay; none at all where they are a whole branch."""
+        return [*widths(group, self.round_to, self.widths - 1), *([0] if branch else [])]
 
     def _names(self, model: Model, pruner: Pruner) -> list[str]:
         """The groups that may shrink, by the patterns."""

@@ -18,6 +18,7 @@ from octavo.ir.extract import values_by_name
 from octavo.ir.remove_units import remove_units
 from octavo.passes.affine_layers import affine_layers
 from octavo.passes.base import Recorder
+from octavo.passes.branch_groups import branch_groups, without_branch
 from octavo.passes.collect_moments import collected
 from octavo.passes.prune_gradients import gate_fisher
 from octavo.passes.prune_moments import all_of, centred, closed_form, measured
@@ -167,7 +168,16 @@ class Pruner:
         return model
 
     def cut(self, model: Model, removed: Mapping[str, Collection[int]]) -> None:
-        """Take the units out of what `pruned` gave, in place."""
+        """Take the units out of what `pruned` gave, in place.
+
+        A group that loses all of its units goes with its residual branch.
+        """
+        whole = {n for n, units in removed.items() if len(units) == self.groups[n].units}
+        for name, branch in branch_groups(self).items() if whole else ():
+            if name in whole:
+                without_branch(model, self.ctx, branch)
+                whole.remove(name)
+                removed = {n: units for n, units in removed.items() if n != name}
         groups = {name: _with_biases(model, self.groups[name]) for name in removed}
         remove_units(model, groups, removed)
 

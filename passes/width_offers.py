@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, final
@@ -31,11 +31,17 @@ if TYPE_CHECKING:
 # A node that more widths touch is counted as if the others stayed whole.
 _MOST_WIDTHS = 2
 _SUFFIX = "#width"
+_NONE = "0 of "
 
 
 def width_name(axis_group: str) -> str:
     """The decision on the units of an axis group."""
     return axis_group + _SUFFIX
+
+
+def _is_gone(offer: Offer) -> bool:
+    """Whether an offer is for nodes that go with a width of nothing."""
+    return any(width.startswith(_NONE) for width in offer.needs.values())
 
 
 def width_text(kept: int, units: int) -> str:
@@ -46,13 +52,17 @@ def width_text(kept: int, units: int) -> str:
 @final
 @dataclass(frozen=True)
 class WidthOffers:
-    """Makes a menu with widths of one without."""
+    """Makes a menu with widths of one without.
+
+    `branches` are the nodes that go with a group where none of its units stays.
+    """
 
     model: Model
     ctx: PassContext
     seconds: WidthSeconds
     levels: Mapping[str, Sequence[int]]
     damages: Mapping[str, Mapping[int, float]]
+    branches: Mapping[str, Collection[str]]
     ranks: RankOffers | None = None
 
     def with_widths(self) -> Model:
@@ -69,7 +79,10 @@ class WidthOffers:
         }
         for name, group in menu.groups.items():
             made = [pair for base in self._useful(name) for pair in self._at_widths(base)]
-            damages = {offer.name: found.damage(name, base.name) for offer, base in made}
+            damages = {
+                offer.name: Damage(0.0) if _is_gone(offer) else found.damage(name, base.name)
+                for offer, base in made
+            }
             groups[name], offers[name] = group, tuple(offer for offer, _ in made)
             for base in self._useful(name):
                 for offer, lost in self._at_ranks(name, base):
@@ -89,6 +102,7 @@ class WidthOffers:
             seconds = sum(
                 self.seconds.seconds(node, FLOAT, {name: kept}) or 0.0
                 for node in self._free.get(name, ())
+                if kept or node not in self.branches.get(name, ())
             )
             size = self._own_bytes(name, kept)
             yield Offer(width_text(kept, units), {}, size, seconds)
@@ -125,6 +139,8 @@ class WidthOffers:
 
     def _shrunk(self, base: Offer, terms: Terms, kept: Kept) -> Offer:
         """An offer with the costs it has at some widths."""
+        if not all(kept.values()):
+            return replace(base, bytes=0, seconds=0.0, bops=0.0, integer=False)
         shapes = self.seconds.shapes
         size = offer_bytes(self._nodes, base.options, self.ctx.target, shapes.shapes(kept))
         share = self._total(terms, kept) / max(self._total(terms, {}), 1e-12)
@@ -161,10 +177,11 @@ class WidthOffers:
 
     @cached_property
     def _free(self) -> Mapping[str, Sequence[str]]:
-        """Nodes that no group decides, by the first width that touches them."""
+        """Nodes that no group decides, by the first width that touches them or takes them along."""
         found: dict[str, list[str]] = {}
         for name in self._nodes.keys() - self._planning.owner.keys():
             touching = self.seconds.shapes.touching.get(name, ())
+            touching = touching or tuple(n for n, of in self.branches.items() if name in of)
             if touching:
                 found.setdefault(touching[0], []).append(name)
         return {name: sorted(some) for name, some in found.items()}

@@ -47,8 +47,10 @@ def designs(
 ) -> list[Kept]:
     """Widths to measure: every level of all groups, then `mixed` times one at random for each.
 
-    `levels` are the units that may stay, most first, all of them among these.
+    `levels` are the units that may stay, most first, all of them among these. No kernel computes
+    nothing: a level without units is not measured.
     """
+    levels = {name: [kept for kept in some if kept] for name, some in levels.items()}
     steps = max((len(some) for some in levels.values()), default=0)
     even = (
         {name: some[min(step, len(some) - 1)] for name, some in levels.items()}
@@ -95,6 +97,8 @@ class WidthSeconds:
         touching = self.shapes.touching.get(name, ())
         if whole is None or not any(group in kept for group in touching):
             return whole
+        if not all(kept.get(group, 1) for group in touching):
+            return 0.0
         key = name, option_key(option)
         if key not in self._fits:
             self._fits[key] = touching, self._fit(name, option, touching, whole)

@@ -67,10 +67,10 @@ def character_contexts(model: Path, folder: Path) -> Path:
     return _write(folder, ids=np.array(list(islice(language.contexts(ids)[::40], _CONTEXTS))))
 
 
-def sentences_of_articles(model: Path, folder: Path) -> Path:
-    """128 beginnings of encyclopedia paragraphs in batches of ten, one file each."""
+def sentences_of_articles(model: Path, folder: Path, count: int = _SENTENCES) -> Path:
+    """128 beginnings of encyclopedia paragraphs, or `count`, in batches of ten, one file each."""
     found = corpus.articles()
-    chosen = np.random.default_rng(0).permutation(len(found))[:_SENTENCES]
+    chosen = np.random.default_rng(0).permutation(len(found))[:count]
     texts = [" ".join(found[k].split()[:_WORDS]) for k in chosen]
     for k, feed in enumerate(sentences.tokens(texts, model)):
         kept = {name: feed[name] for name in ("input_ids", "attention_mask")}
