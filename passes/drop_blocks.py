@@ -95,6 +95,8 @@ class DropBlocks(Pass):
                 "give drop-blocks either a count above 0 or a ratio between 0 and 1",
                 where=f"{self.name}{{count={self.count},ratio={self.ratio:g},tries={self.tries}}}",
             )
+        if self.samples < 1:
+            raise UsageError("samples must be at least 1", where=self.name)
 
 
 def removable_branches(model: Model) -> dict[str, int]:

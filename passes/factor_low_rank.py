@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, final
@@ -87,11 +88,11 @@ class FactorLowRank(Pass):
 
     def _check(self) -> None:
         where = f"{self.name}{{rank={self.rank:g},energy={self.energy:g},multiple={self.multiple}}}"
-        if not self.rank > 0 or (self.rank >= 1 and self.rank != int(self.rank)):
+        if not 0 < self.rank < math.inf or (self.rank >= 1 and self.rank % 1):
             message = f"a rank of {self.rank:g} is neither a share below 1 nor a whole number"
             raise UsageError(message, where=where, hint="rank=0.5 halves the multiplications")
-        if not 0 <= self.energy < 1 or self.multiple < 1:
-            message = "energy must lie in [0, 1), and multiple be at least 1"
+        if not 0 <= self.energy < 1 or self.multiple < 1 or self.samples < 1:
+            message = "energy must lie in [0, 1), and multiple and samples be at least 1"
             raise UsageError(message, where=where)
 
     def _nodes(self, model: Model, ctx: PassContext) -> Iterator[onnx_ir.Node]:

@@ -75,6 +75,8 @@ class PruneWeights(Pass):
         if not 0 < self.sparsity < 1:
             message = f"a sparsity of {self.sparsity:g} does not lie between 0 and 1"
             raise UsageError(message, where=f"{self.name}{{sparsity={self.sparsity:g}}}")
+        if self.samples < 1:
+            raise UsageError("samples must be at least 1", where=self.name)
         if ctx.target.name not in _SPARSE_TARGETS:
             text = f"{ctx.target.name} has no sparse kernel: zeros save bytes of a compressed file"
             ctx.remark("note", "", f"{text}, and no time")

@@ -110,11 +110,15 @@ class Pruning:
     def _nothing(self, model: Model, pruner: Pruner, wanted: Mapping[str, str]) -> GoalNotMet:
         relevant = [r for r in pruner.refused if not wanted or r.layer in wanted]
         reasons = Counter(_why(refusal) for refusal in relevant or pruner.refused)
-        common = "; ".join(reason for reason, _ in reasons.most_common(3))
+        why = "; ".join(reason for reason, _ in reasons.most_common(3))
+        if not wanted and any(group.kind in self.kinds for group in pruner.groups.values()):
+            why = "keep names a layer of everything that could go"
+        elif not why or "channels" not in self.kinds:
+            why = f"no layer has {' or '.join(map(_UNITS.__getitem__, self.kinds))} of its own"
         return GoalNotMet(
             f"{self.name} finds nothing that could be removed",
             where=model.source.name,
-            why=common or f"no layer has {' or '.join(map(_UNITS.__getitem__, self.kinds))}",
+            why=why,
             hint="octavo inspect lists the layers" if not self.keep else "keep fewer layers",
         )
 

@@ -56,7 +56,8 @@ def rows(case: Case, folder: Path, faster: float, pipeline: str) -> list[Row]:
     path, task = case.model(), case.task(case.model())
     write = _DATA.get(case.name) or case.calibration or case.texts
     assert write is not None
-    data, cache = str(write(path, folder)), Cache(default_folder())
+    (own := folder / "data").mkdir()
+    data, cache = str(write(path, own)), Cache(default_folder())
     shapes = case.speeds[0].shapes
     begin = time.perf_counter()
     plain = octavo.compile(path, calibration=data, shapes=shapes, cache=cache)

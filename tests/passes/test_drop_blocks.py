@@ -119,6 +119,11 @@ def test_count_or_ratio_has_to_be_given(options: str, pass_context: PassContext)
         Pipeline.parse(f"drop-blocks{{{options}}}").run(chain(), pass_context)
 
 
+def test_no_sample_tells_no_damage(pass_context: PassContext) -> None:
+    with pytest.raises(UsageError, match="samples must be at least 1"):
+        Pipeline.parse("drop-blocks{count=1,samples=0}").run(chain(), pass_context)
+
+
 def test_more_blocks_than_there_are_is_an_error(
     calibrated: Callable[..., PassContext],
 ) -> None:

@@ -243,6 +243,9 @@ def test_nothing_to_prune_says_why(mlp: Model, pass_context: PassContext) -> Non
     heads = failure("prune-heads")
     assert isinstance(heads, GoalNotMet)
     assert heads.exit_code == 3
+    assert heads.why == "no layer has heads of its own"
+    kept = failure("prune-channels{keep=*}")
+    assert kept.why == "keep names a layer of everything that could go"
     output = failure("prune-channels{only=two}")
     assert isinstance(output, GoalNotMet)
     assert "it is an axis of the graph output 'y'" in output.why
