@@ -62,7 +62,7 @@ class OptimisationOptions:
     """How data is made and how much of it; one option of the command line each."""
 
     samples: Annotated[int, typer.Option(min=1, help="Samples to make.")] = 64
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the optimisation.")] = 100
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the optimisation.")] = 60
     length: Annotated[int, typer.Option(min=1, help="Tokens of the longest text.")] = 128
     prior: Annotated[
         Prior, typer.Option(help="How frequent a random token is: by its number, all alike, norm.")

@@ -42,7 +42,7 @@ class Synthesis:
 
     samples: int = 64
     batch: int = 32
-    steps: int = 100
+    steps: int = 60
     rate: float = 0.1
     seconds: float = 300.0
     all_or_nothing: bool = False

@@ -317,7 +317,7 @@ def main(
     ablation: Annotated[bool, typer.Option(help="One term more or less at a time.")] = False,
     trust: Annotated[bool, typer.Option(help="Good and bad data, and trust in them.")] = False,
     samples: Annotated[int, typer.Option(help="Samples to make.")] = 64,
-    steps: Annotated[int, typer.Option(help="Steps of the optimisation.")] = 100,
+    steps: Annotated[int, typer.Option(help="Steps of the optimisation.")] = 60,
     seed: Annotated[int, typer.Option(help="Seed of what is made.")] = 0,
     ranges: Annotated[str, typer.Option(help="The pass that finds ranges.")] = "calibrate",
     before: Annotated[str, typer.Option(help="Passes between canonicalize and it.")] = "",
