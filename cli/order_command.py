@@ -45,7 +45,8 @@ def order(
     """Measure compressions alone, propose their order, and try every adjacent swap.
 
     One half of the data proposes, the other judges. A positive advantage says that the proposed
-    order damages the outputs less than the swapped one.
+    order damages the outputs less than the swapped one, which is taken only where it saves more
+    than one standard error.
     """
     from octavo.cli.target import target_of
 
@@ -107,9 +108,17 @@ def _print(found: OrderStudy) -> None:
         title=f"proposed order; {found.metric}",
     )
     print_table(
-        ("first", "then", "damage", "swapped", "gap", "advantage"),
+        ("first", "then", "damage", "swapped", "gap", "advantage", "± error"),
         [
-            (p.first, p.second, *(f"{n:.3e}" for n in (p.proposed, p.swapped, p.gap, p.advantage)))
+            (
+                p.first,
+                p.second,
+                f"{p.proposed:.3e}",
+                f"{p.swapped:.3e}",
+                f"{p.gap:.3e}",
+                f"{p.advantage:.3e}",
+                f"{p.standard_error:.1e}",
+            )
             for p in found.pairs
         ],
         title=f"both orders on {found.samples} held-out samples",

@@ -20,12 +20,14 @@ import numpy as np
 from octavo.ir.calibration import Part, first_samples, samples_of
 from octavo.ir.errors import UsageError
 from octavo.ir.quant import PerAxis, QuantSpec, round_weight
-from octavo.passes.output_damage import OutputDamage
+from octavo.passes.output_damage import OutputDamage, summary
 from octavo.passes.pipeline import Pipeline
 from octavo.passes.rewrite import Rewrite, is_op
 from octavo.passes.weight_matrix import WeightMatrix, why_no_matrix
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from octavo.ir.calibration import Batches, Feed
     from octavo.ir.model import Model
     from octavo.ir.quant import QuantType
@@ -57,7 +59,8 @@ class Pair:
     """Two neighbours of the proposed order, with the held-out damage of the whole in both orders.
 
     `gap` is intensity(second) - intensity(first), `advantage` the damage that the proposed order
-    saves (negative: the swapped one is better).
+    saves (negative: the swapped one is better), `standard_error` that of the advantage: the mean
+    over the same samples.
     """
 
     first: str
@@ -65,16 +68,25 @@ class Pair:
     proposed: float
     swapped: float
     gap: float
+    standard_error: float
 
     @property
     def advantage(self) -> float:
         return self.swapped - self.proposed
 
+    @property
+    def agrees(self) -> bool:
+        """Whether the swap saves no more than what may be chance: one standard error."""
+        return self.advantage >= -self.standard_error
+
 
 @final
 @dataclass(frozen=True)
 class OrderStudy:
-    """Compressions in the order that is proposed, every adjacent swap, and the best order."""
+    """Compressions in the order that is proposed, every adjacent swap, and the best order.
+
+    That is the proposed one unless a swap saves more than one standard error.
+    """
 
     compressions: tuple[Compression, ...]
     pairs: tuple[Pair, ...]
@@ -85,7 +97,7 @@ class OrderStudy:
     @property
     def agrees(self) -> bool:
         """Whether no swap was better than what was proposed."""
-        return all(pair.advantage >= 0 for pair in self.pairs)
+        return all(pair.agrees for pair in self.pairs)
 
 
 def order_study(
@@ -101,16 +113,18 @@ def order_study(
         raise UsageError(message, hint="prune-weights{sparsity=0.3} bits=4")
     fit = replace(ctx, calibration=Part(ctx.calibration, 0))
     near, far = (_Outputs.of(model, ctx, Part(ctx.calibration, k), samples) for k in (0, 1))
-    alone = {text: near.damage(_compressed(model, fit, [text])) for text in texts}
+    alone = {text: near.damage(compressed(model, fit, [text])) for text in texts}
     curve = [(bits, near.damage(rounded(model, ctx, bits))) for bits in _CURVE_BITS]
     order = sorted(texts, key=lambda text: (bool(_bits(text)), alone[text]))
-    proposed = far.damage(_compressed(model, fit, order))
-    pairs, best = [], (proposed, tuple(order))
+    proposed = far.per_sample(compressed(model, fit, order))
+    pairs, best = [], (float(proposed.mean()), tuple(order))
     for at, (first, second) in enumerate(pairwise(order)):
         swapped = [*order[:at], second, first, *order[at + 2 :]]
-        lost = far.damage(_compressed(model, fit, swapped))
-        pairs.append(Pair(first, second, proposed, lost, alone[second] - alone[first]))
-        best = min(best, (lost, tuple(swapped)))
+        lost = far.per_sample(compressed(model, fit, swapped))
+        means, gap = (float(proposed.mean()), float(lost.mean())), alone[second] - alone[first]
+        pairs.append(Pair(first, second, *means, gap, summary(lost - proposed).standard_error))
+        if not pairs[-1].agrees:
+            best = min(best, (means[1], tuple(swapped)))
         ctx.progress("orders", at + 1, len(order) - 1)
     found = tuple(Compression(t, alone[t], equivalent_ratio(curve, alone[t])) for t in order)
     return OrderStudy(found, tuple(pairs), best[1], far.metric, far.samples)
@@ -144,7 +158,7 @@ def rounded(model: Model, ctx: PassContext, bits: int) -> Model:
     return own
 
 
-def _compressed(model: Model, ctx: PassContext, texts: Sequence[str]) -> Model:
+def compressed(model: Model, ctx: PassContext, texts: Sequence[str]) -> Model:
     """The model behind some compressions; rounding that others followed is done again."""
     widths = [_bits(text) for text in texts]
     for text, bits in zip(texts, widths, strict=True):
@@ -185,9 +199,12 @@ class _Outputs:
 
     def damage(self, model: Model) -> float:
         """Mean over samples."""
+        return float(self.per_sample(model).mean())
+
+    def per_sample(self, model: Model) -> NDArray[np.float64]:
         found = self.ctx.evaluator.outputs(model, self.feeds)
         rows = [
             self.kinds.per_sample(truth, outputs, samples_of(feed))
             for truth, outputs, feed in zip(self.expected, found, self.feeds, strict=True)
         ]
-        return float(np.concatenate(rows).mean())
+        return np.concatenate(rows)

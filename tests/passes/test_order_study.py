@@ -14,7 +14,7 @@ from octavo.cli.calibration_data import load_calibration
 from octavo.ir.calibration import Part, first_samples, samples_of
 from octavo.ir.errors import UsageError
 from octavo.ir.read import read
-from octavo.passes.order_study import equivalent_ratio, order_study, rounded
+from octavo.passes.order_study import Pair, equivalent_ratio, order_study, rounded
 from octavo.passes.output_damage import OutputDamage
 from octavo.passes.pipeline import Pipeline
 
@@ -46,7 +46,7 @@ def test_both_orders_are_measured_on_data_that_proposes_nothing(
     fit = replace(ctx, calibration=Part(ctx.calibration, 0))
     damage = OutputDamage.of(model)
 
-    def lost(changed: Model, half: int) -> float:
+    def rows_of(changed: Model, half: int) -> np.ndarray:
         assert ctx.calibration is not None
         rows = [
             damage.per_sample(
@@ -54,7 +54,10 @@ def test_both_orders_are_measured_on_data_that_proposes_nothing(
             )
             for feed in first_samples(Part(ctx.calibration, half), 64)
         ]
-        return float(np.concatenate(rows).mean())
+        return np.concatenate(rows)
+
+    def lost(changed: Model, half: int) -> float:
+        return float(rows_of(changed, half).mean())
 
     pruned = Pipeline.parse(PRUNE).run(model, fit).model
     after = Pipeline.parse(PRUNE).run(rounded(model, ctx, 4), fit).model
@@ -64,9 +67,12 @@ def test_both_orders_are_measured_on_data_that_proposes_nothing(
     # Rounding that something followed is done again.
     assert pair.swapped == pytest.approx(lost(rounded(after, ctx, 4), 1))
     assert pair.gap == pytest.approx(lost(rounded(model, ctx, 4), 0) - lost(pruned, 0))
-    better = (PRUNE, "bits=4") if pair.advantage >= 0 else ("bits=4", PRUNE)
-    assert study.best == better
-    assert study.agrees == (pair.advantage >= 0)
+    saved = rows_of(rounded(after, ctx, 4), 1) - rows_of(rounded(pruned, ctx, 4), 1)
+    assert pair.advantage == pytest.approx(saved.mean())
+    assert pair.standard_error == pytest.approx(saved.std(ddof=1) / np.sqrt(saved.size))
+    agrees = bool(saved.mean() >= -saved.std(ddof=1) / np.sqrt(saved.size))
+    assert study.best == ((PRUNE, "bits=4") if agrees else ("bits=4", PRUNE))
+    assert study.agrees == agrees
     # 16 bits over 4: what plain rounding to 4 bits is worth.
     assert study.compressions[1].ratio == pytest.approx(4.0)
 
@@ -77,6 +83,12 @@ def test_weaker_passes_come_first(prepared: tuple[Model, PassContext]) -> None:
     weak = "prune-weights{sparsity=0.1,method=magnitude,allocation=uniform}"
     study = order_study(model, ctx, [strong, weak], samples=32)
     assert [c.text for c in study.compressions] == [weak, strong]
+
+
+@pytest.mark.parametrize(("swapped", "agrees"), [(0.9, True), (0.7, True), (0.69, False)])
+def test_a_swap_has_to_save_more_than_chance_does(swapped: float, agrees: bool) -> None:
+    pair = Pair("one", "two", 1.0, swapped, 0.0, standard_error=0.3 + 1e-9)
+    assert pair.agrees == agrees
 
 
 def test_ratio_lies_on_the_curve_of_rounding() -> None:
