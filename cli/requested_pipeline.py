@@ -9,6 +9,7 @@ from octavo.ir.constants import constant_behind
 from octavo.ir.errors import UsageError
 from octavo.passes.allocate import Allocate
 from octavo.passes.collect_moments import CollectMoments
+from octavo.passes.offer_options import OfferOptions
 from octavo.passes.offer_structure import OfferStructure
 from octavo.passes.pipeline import Pipeline
 from octavo.passes.presets import PRESETS, preset
@@ -16,6 +17,9 @@ from octavo.passes.registry import PASSES
 
 if TYPE_CHECKING:
     from octavo.ir.model import Model
+
+# Where bytes do not count, other widths save nothing.
+_FAST_BITS = (8, 4)
 
 
 def pipeline_of(request: Request, calibrated: bool) -> Pipeline:
@@ -44,17 +48,28 @@ def pipeline_of(request: Request, calibrated: bool) -> Pipeline:
 
 
 def suited(pipeline: Pipeline, model: Model, request: Request) -> Pipeline:
-    """The pipeline without static kernels where few bits meet a model that reads token ids.
+    """The pipeline without what costs time to measure and is never chosen; only presets change.
 
-    Kernels that find ranges at run time are as fast on matrices of activations, and no range has
-    to be calibrated: a decoder has thousands. Only presets are changed.
+    Static kernels where few bits meet a model that reads token ids: those that find ranges at run
+    time are as fast on matrices of activations, and no range has to be calibrated, of which a
+    decoder has thousands. Widths that no kernel is faster for where structure is to save time.
     """
     few_bits = any(pass_.name == CollectMoments.name for pass_ in pipeline.passes)
-    if not few_bits or not _is_preset(request) or not _reads_tokens(model):
+    if not few_bits or not _is_preset(request):
+        return pipeline
+    if request.structure and not _counts_bits(request):
+        pipeline = pipeline.with_options(OfferOptions.name, bits=_FAST_BITS)
+    if not _reads_tokens(model):
         return pipeline
     for name in ("choose-kernels", "offer-options"):
         pipeline = pipeline.with_options(name, static=False)
     return pipeline
+
+
+def _counts_bits(request: Request) -> bool:
+    """Whether a plan is better for weights of fewer bits, whatever kernel reads them."""
+    budgets = request.size or request.bops or request.max_drop or request.portable
+    return bool(budgets) or request.objective == "size" or request.pareto > 0 or request.top_k > 1
 
 
 def _is_preset(request: Request) -> bool:

@@ -70,6 +70,24 @@ def test_a_preset_finds_ranges_at_run_time_where_tokens_are_read(name: str, stat
     assert [pass_.static for pass_ in deciding] == [static]
 
 
+@pytest.mark.parametrize(
+    ("budgets", "fast"),
+    [
+        ({"latency": "0.2x"}, True), ({"latency": "0.2x", "memory": "50%"}, True),
+        ({"latency": "0.2x", "size": "20%"}, False), ({"max_drop": "1%"}, False),
+        ({"latency": "0.2x", "pipeline": _BASE}, False),
+    ],
+)  # fmt: skip
+def test_structure_that_saves_time_alone_is_offered_fewer_widths(
+    budgets: dict[str, str], fast: bool
+) -> None:
+    request = Request(structure=True, **budgets)  # type: ignore[arg-type]
+    pipeline = pipeline_of(Request(structure=True, latency="0.2x"), calibrated=True)
+    found = suited(pipeline, read(shipped("fashion-vit")), request)
+    (offering,) = (p for p in found.passes if p.name == "offer-options")
+    assert (offering.bits == (8, 4)) == fast  # type: ignore[attr-defined]
+
+
 def test_a_preset_keeps_static_kernels_where_images_are_read() -> None:
     request = Request(pipeline="int4")
     pipeline = pipeline_of(request, calibrated=True)
