@@ -283,7 +283,7 @@ def _constant_bytes(node: onnx_ir.Node) -> int:
 _ABSORBED = ORT_CPU.fused_activations
 _UNPACKERS = (
     "DequantizeLinear", "Cast", "Mul", "Gather", "GatherElements", "Reshape", "Slice", "BitwiseOr",
-    "Transpose",
+    "Transpose", "Sub",
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ one; those with blocks stay packed (`ort_blocks`), at 2 to 3 times the microseco
 from __future__ import annotations
 
 import hashlib
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,12 +16,13 @@ import onnx_ir
 from octavo.backends.ort_edits import input_of, insert, unique
 from octavo.ir.errors import UsageError
 from octavo.ir.fake_quant import constant, params_of
+from octavo.ir.kernel_codes import block_arrays, kernel_steps
 from octavo.ir.mapped import reading
-from octavo.ir.packing import pack, parts, sizes_name, steps
-from octavo.ir.quant import QuantParams, quantize
+from octavo.ir.packing import pack, parts, sizes_name
+from octavo.ir.quant import QuantParams, quantize, turned_params
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -41,12 +43,14 @@ def codes_of(
     codes = plain_codes(fake, params)
     if order is not None:
         codes = np.ascontiguousarray(codes.transpose(order))
-    digest = hashlib.sha256(codes.tobytes()).digest()
-    key = (input_of(fake, 0).name, params.spec.dtype, codes.shape, digest)
+        params = turned_params(params) if params.spec.multiples else params
+    parts_of = codes, *block_arrays(params).values()
+    digests = [hashlib.sha256(array.tobytes()).digest() for array in parts_of]
+    key = (input_of(fake, 0).name, params.spec.dtype, codes.shape, *digests)
     known: dict[Any, onnx_ir.Value] = graph.meta.setdefault("octavo.codes", {})
     if key not in known:
         name = f"{stem(fake)}_q" if order is None else f"{stem(fake)}_qt"
-        known[key] = _emit(graph, fake, codes, params.spec, name)
+        known[key] = _emit(graph, fake, codes, params, name)
     return known[key]
 
 
@@ -153,15 +157,17 @@ def halve_constant(
 
 
 def _emit(
-    graph: onnx_ir.Graph, before: onnx_ir.Node, codes: Codes, spec: QuantSpec, name: str
+    graph: onnx_ir.Graph, before: onnx_ir.Node, codes: Codes, params: QuantParams, name: str
 ) -> onnx_ir.Value:
     """Packed constants and the nodes from them to `name`; one constant where a code is a byte."""
+    spec = params.spec
     try:
         packed = pack(codes, spec)
     except ValueError as error:
         message = f"a weight is not stored as {spec}"
         raise UsageError(message, where=f"constant '{name}'", why=str(error)) from None
-    return emit(graph, before, packed, parts(spec), steps(codes.shape, spec), name)
+    made = kernel_steps(codes.shape, spec)
+    return emit(graph, before, packed, parts(spec), made, name, block_arrays(params))
 
 
 def emit(
@@ -171,10 +177,12 @@ def emit(
     stored: Sequence[Part],
     made: Sequence[Step],
     name: str,
+    others: Mapping[str, NDArray[Any]] = MappingProxyType({}),
 ) -> onnx_ir.Value:
     """Constants of the stored parts, and the steps from them to a value called `name`.
 
-    Without steps, the one constant that is stored. What follows the parts is a codebook.
+    Without steps, the one constant that is stored. What follows the parts is a codebook; steps
+    read `others` by their names.
     """
     if not made:
         return constant(graph, unique(graph, name), packed[0])
@@ -185,6 +193,8 @@ def emit(
             values[f"table{index}"] = constant(graph, part.table_name, part.table)
     if len(packed) > len(stored):
         values["codebook"] = constant(graph, unique(graph, f"{name}_codes"), packed[-1])
+    for label, array in others.items():
+        values[label] = constant(graph, unique(graph, f"{name}_{label}"), array)
     for step in made:
         last = step is made[-1]
         values[step.output] = _add(graph, before, step, values, name if last else "")

@@ -23,6 +23,7 @@ from octavo.backends.ort_packing import (
     turned_codes,
 )
 from octavo.ir.fake_quant import constant, params_of
+from octavo.ir.kernel_codes import kernel_params
 from octavo.ir.packing import sizes_name
 from octavo.ir.quant import PerAxis, PerBlock, broadcast_params
 
@@ -60,7 +61,7 @@ def quantize_activation(graph: onnx_ir.Graph, fake: onnx_ir.Node) -> None:
 
 def quantize_constant(graph: onnx_ir.Graph, fake: onnx_ir.Node, readers: Readers) -> None:
     """A constant as codes with a DQ for every reader; only Conv fuses without a zero point."""
-    params, name = params_of(fake), stem(fake)
+    params, name = kernel_params(params_of(fake)), stem(fake)
     numbers = [scale_of(graph, fake, name, params.scale, params.spec)]
     if any(reader.node.op_type != "Conv" for reader in readers):
         numbers.append(_zero_point(graph, params, name))
@@ -143,7 +144,7 @@ def portable_matmul(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
 
 def _dequantized_columns(graph: onnx_ir.Graph, node: onnx_ir.Node) -> onnx_ir.Value:
     """The weight of a Gemm as `[K, N]` behind a DequantizeLinear."""
-    params = params_of(fake_behind(node.inputs[1])[0])
+    params = kernel_params(params_of(fake_behind(node.inputs[1])[0]))
     codes, scale = _columns(graph, node)
     name = codes.name or ""
     numbers = [codes, scale, _zero_point(graph, params, name)]
@@ -174,7 +175,7 @@ def _columns(graph: onnx_ir.Graph, node: onnx_ir.Node) -> tuple[onnx_ir.Value, o
         codes = codes_of(graph, fake) if transposed else turned_codes(graph, fake)
     else:
         codes = codes_of(graph, fake, (1, 0) if transposed else None)
-    params = params_of(fake)
+    params = kernel_params(params_of(fake))
     return codes, scale_of(graph, fake, stem(fake), params.scale, params.spec)
 
 

@@ -55,7 +55,7 @@ _DYNAMIC_MATMUL = (f"{MICROSOFT}::DynamicQuantizeMatMul", f"{MICROSOFT}::MatMulI
 def _conv(kind: str, speed: float, note: str = "") -> KernelRow:
     conditions = (float_constant(1), group(kind))
     return KernelRow(
-        "Conv", "static", _INTEGER_CONV, weights=(1,), weight_axis=0, bias=2,
+        "Conv", "static", _INTEGER_CONV, weights=(1,), weight_axis=0, blocks=_BLOCKS, bias=2,
         conditions=conditions, speed=speed, note=note,
     )  # fmt: skip
 
@@ -85,7 +85,7 @@ def _movement(op_type: str, *conditions: Condition, kernel: str = "") -> KernelR
 def _gemm(transposed: int) -> KernelRow:
     return KernelRow(
         "Gemm", "static", _INTEGER_MATMUL, weights=(1,), weight_axis=1 - transposed,
-        bias=2, output="either", conditions=gemm_conditions(transposed), speed=0.32,
+        blocks=_BLOCKS, bias=2, output="either", conditions=gemm_conditions(transposed), speed=0.32,
     )  # fmt: skip
 
 
@@ -105,8 +105,8 @@ _STATIC = (
     _conv("depthwise", 0.9, "faster or slower than float by shape: measure"),
     _conv("grouped", 1.95, "slower than float: pays only inside an integer region"),
     KernelRow(
-        "MatMul", "static", _INTEGER_MATMUL, weights=(1,), weight_axis=1, output="either",
-        conditions=(float_constant(1), rank(1, 2)), speed=0.32,
+        "MatMul", "static", _INTEGER_MATMUL, weights=(1,), weight_axis=1, blocks=_BLOCKS,
+        output="either", conditions=(float_constant(1), rank(1, 2)), speed=0.32,
     ),
     KernelRow(
         "MatMul", "static", _INTEGER_MATMUL, (0, 1), output="either",
@@ -142,14 +142,14 @@ _STATIC = (
 
 _DYNAMIC = (
     KernelRow(
-        "MatMul", "dynamic", _DYNAMIC_MATMUL, weights=(1,), weight_axis=1, output="float",
-        conditions=(float_constant(1), rank(1, 2)), speed=0.33,
+        "MatMul", "dynamic", _DYNAMIC_MATMUL, weights=(1,), weight_axis=1, blocks=_BLOCKS,
+        output="float", conditions=(float_constant(1), rank(1, 2)), speed=0.33,
     ),
     *(
         KernelRow(
             "Gemm", "dynamic", _DYNAMIC_MATMUL, (0,), weights=(1,), weight_axis=1 - transposed,
-            bias=2, output="float", conditions=gemm_conditions(transposed), speed=0.33,
-            note="as MatMul and Add",
+            blocks=_BLOCKS, bias=2, output="float", conditions=gemm_conditions(transposed),
+            speed=0.33, note="as MatMul and Add",
         )
         for transposed in (0, 1)
     ),

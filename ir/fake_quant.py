@@ -12,11 +12,13 @@ nothing. All are also local functions of standard operators, so that the model a
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import onnx_ir
 
+from octavo.ir.mapped import reading
 from octavo.ir.quant import (
     PerAxis,
     PerBlock,
@@ -24,6 +26,8 @@ from octavo.ir.quant import (
     QuantParams,
     QuantSpec,
     broadcast_params,
+    dequantize,
+    quantize,
 )
 
 if TYPE_CHECKING:
@@ -35,9 +39,10 @@ DOMAIN = "octavo"
 OPTION = "octavo.option"
 _OPSET = 21
 # Specs that no form for blocks exists of.
+_ON_GRIDS = ("FakeQuant", "FakeQuantBlocks", "FakeQuantBinary", "FakeQuantFloat8")
 _UNBLOCKED = {"s1": "FakeQuantBinary", "f8": "FakeQuantFloat8"}
 _SPEC = re.compile(
-    r"([us]\d|f16|f8)/(?:(tensor)|axis(\d+)|block(\d+)@(\d+))(?:#(\d))?(-)?(?:~(\d))?(h)?$"
+    r"([us]\d|f16|f8)/(?:(tensor)|axis(\d+)|block(\d+)@(\d+)(x)?)(?:#(\d))?(-)?(?:~(\d))?(h)?$"
 )
 
 _BODIES = {
@@ -188,7 +193,44 @@ def set_rounded(
     if len(value.uses()) > 1:
         fake.replace_input_with(0, constant(graph, name, rounded))
     else:
-        value.const_value = onnx_ir.Tensor(np.asarray(rounded, np.float32), name=name)
+        value.const_value = _stored(np.asarray(rounded, np.float32), params_of(fake), name)
+
+
+def _stored(rounded: NDArray[np.float32], params: QuantParams, name: str) -> onnx_ir.TensorProtocol:
+    """Numbers of a grid as its codes, which take a quarter of their memory; others as they are."""
+    if params.spec.floating:
+        return onnx_ir.Tensor(rounded, name=name)
+    codes = quantize(rounded, params)
+    if not np.array_equal(dequantize(codes, params), rounded):
+        return onnx_ir.Tensor(rounded, name=name)
+    shape = onnx_ir.Shape(rounded.shape)
+    return onnx_ir.LazyTensor(
+        lambda: onnx_ir.Tensor(dequantize(codes, params)), onnx_ir.DataType.FLOAT, shape, name=name
+    )
+
+
+def _rounded(params: QuantParams, array: NDArray[np.float32]) -> NDArray[np.float32]:
+    return dequantize(quantize(array, params), params)
+
+
+def fold_quantized_constants(model: onnx_ir.Model) -> None:
+    """Replace the FakeQuants of constants by what they make, which numpy tells as a runtime would.
+
+    A runtime that folds them itself keeps what every operator in them makes until it has loaded.
+    """
+    graph = model.graph
+    for node in [n for n in graph if n.domain == DOMAIN and n.op_type in _ON_GRIDS]:
+        tensor = node.inputs[0].const_value if node.inputs[0] is not None else None
+        if tensor is not None:
+            real, made = reading(tensor, partial(_rounded, params_of(node))), node.outputs[0]
+            name, made.name = made.name or "", f"{made.name}_before"
+            folded = constant(graph, name, real)
+            onnx_ir.convenience.replace_all_uses_with(made, folded, replace_graph_outputs=True)
+            graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if not (value.uses() or value.is_graph_output() or value.is_graph_input()):
+            del graph.initializers[name]
+    declare_functions(model)
 
 
 def set_params(graph: onnx_ir.Graph, fake: onnx_ir.Node, params: QuantParams) -> None:
@@ -246,7 +288,8 @@ def constant(graph: onnx_ir.Graph, name: str, array: NDArray[np.generic]) -> onn
 def spec_text(spec: QuantSpec) -> str:
     """`s8/axis0`, `-` for a symmetric grid, `~7` where fewer bits are used, `h` for half scales.
 
-    Indices of 4 bits into a table of codes are `s8/axis0#4`.
+    Indices of 4 bits into a table of codes are `s8/axis0#4`, scales of blocks that are multiples of
+    their channel's `s4/block64@0x`.
     """
     used = f"~{spec.used_bits}" if spec.used_bits else ""
     return f"{spec}{'-' if spec.symmetric else ''}{used}{'h' if spec.half_scales else ''}"
@@ -258,7 +301,7 @@ def parse_spec(text: str) -> QuantSpec:
     if match is None:
         message = f"'{text}' is not a quantization spec"
         raise ValueError(message)
-    dtype, tensor, axis, size, block_axis, index, symmetric, used, half = match.groups()
+    dtype, tensor, axis, size, block_axis, multiples, index, symmetric, used, half = match.groups()
     granularity = (
         PerTensor()
         if tensor
@@ -269,7 +312,13 @@ def parse_spec(text: str) -> QuantSpec:
     numbers = (int(number) if number else None for number in (used, index))
     used_bits, index_bits = numbers
     return QuantSpec(
-        cast("QuantType", dtype), granularity, bool(symmetric), used_bits, bool(half), index_bits
+        cast("QuantType", dtype),
+        granularity,
+        bool(symmetric),
+        used_bits,
+        bool(half),
+        index_bits,
+        bool(multiples),
     )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, final
 
 from octavo.ir.constants import constant_behind, matrix_source
 from octavo.ir.file_bytes import node_bytes, tensor_bytes
+from octavo.ir.kernel_codes import block_shape, kernel_spec, kernel_steps
 from octavo.ir.packing import (
     block_parts,
     block_steps,
@@ -22,7 +23,6 @@ from octavo.ir.packing import (
     packed_bytes,
     parts,
     sizes_name,
-    steps,
     zeros_shape,
 )
 from octavo.ir.quant import PerAxis, PerBlock, PerTensor, fitted
@@ -39,6 +39,7 @@ _UNPACK_NAME_BYTES = len("unpack99")
 _ZERO_NAME_BYTES = len("zero_u8_128")
 _CODES_NAME, _SCALE_NAME, _HALF_NAME = len("_q"), len("_scale"), len("_scale_f16")
 _ZEROS_NAME = len("_zeros")
+_BLOCK_NAMES = {"zeros": "_q_zeros", "multiples": "_q_multiples"}
 _INT64, _FLOAT32, _FLOAT16 = 8, 4, 2
 _MICROSOFT = "com.microsoft"
 
@@ -74,8 +75,8 @@ def option_bytes(
     spec = fitted(option.weight, shape)
     if spec.half:
         return OptionBytes(_code_bytes(shape, spec, name_bytes), _cast_bytes(name_bytes, 2, 4) + 4)
-    scales = _scales_shape(shape, spec)
-    scale = _scale_bytes(scales, spec, name_bytes)
+    scales = _scales_shape(shape, kernel_spec(spec))
+    scale = _scale_bytes(scales, kernel_spec(spec), name_bytes)
     if option.method == "weight-only":
         codes = _block_bytes(shape, spec, name_bytes) + _zeros_bytes(shape, spec, name_bytes)
         return OptionBytes(codes + scale, _blocked_bytes(shape, spec, name_bytes, op_type))
@@ -177,10 +178,14 @@ def _cast_bytes(name_bytes: int, before: int, after: int) -> int:
 
 def _code_bytes(shape: tuple[int, ...], spec: QuantSpec, name_bytes: int) -> int:
     """The packed codes and the nodes that unpack them."""
-    made = steps(shape, spec)
+    made = kernel_steps(shape, spec)
     if not made:
         return tensor_bytes(shape, packed_bytes(shape, spec), name_bytes + _CODES_NAME)
     total = _unpacked_bytes(shape, parts(spec), made, name_bytes)
+    if spec.multiples:
+        found = block_shape(shape, spec)
+        size = math.ceil(math.prod(found) / 2)
+        total += sum(tensor_bytes(found, size, name_bytes + len(n)) for n in _BLOCK_NAMES.values())
     if spec.index_bits is not None:
         size = codebook_size(spec.index_bits)
         total += tensor_bytes((size,), size, name_bytes + len("_q_codes"))
@@ -215,6 +220,7 @@ def _unpacked_bytes(
 ) -> int:
     """Parts of codes of `shape`, and the steps from them."""
     lengths: dict[str, int] = {"codebook": name_bytes + len("_q_codes")}
+    lengths |= {label: name_bytes + len(name) for label, name in _BLOCK_NAMES.items()}
     total = 0
     for index, part in enumerate(stored):
         size = part.bytes(math.prod(shape))

@@ -14,6 +14,7 @@ import onnx_ir
 from numpy.typing import NDArray
 
 from octavo.ir.errors import UsageError
+from octavo.ir.multiples import block_axes, whole_multiples
 
 Entry = TypeVar("Entry", bound=np.generic)
 Codes = NDArray[np.int8 | np.uint8 | np.float16 | ml_dtypes.float8_e4m3fn]
@@ -76,7 +77,8 @@ class QuantSpec:
 
     `half_scales` says that every scale is a float16 number, and stored as one. `index_bits` says
     that a tensor has at most `2**index_bits` different codes, and is stored as indices into a
-    table of them: a non-uniform grid that integer kernels multiply.
+    table of them: a non-uniform grid that integer kernels multiply. `multiples` says that every
+    scale of a block is a whole multiple of its channel's (`ir/multiples.py`).
     """
 
     dtype: QuantType
@@ -85,6 +87,7 @@ class QuantSpec:
     used_bits: int | None = None
     half_scales: bool = False
     index_bits: int | None = None
+    multiples: bool = False
 
     @property
     def signed(self) -> bool:
@@ -144,7 +147,7 @@ class QuantSpec:
 
     def __str__(self) -> str:
         index = f"#{self.index_bits}" if self.index_bits else ""
-        return f"{self.dtype}/{self.granularity}{index}"
+        return f"{self.dtype}/{self.granularity}{'x' if self.multiples else ''}{index}"
 
 
 def unsigned_type(bits: int) -> QuantType:
@@ -175,7 +178,8 @@ def kernel_blocks(bits: int, blocks: PerBlock, *, zero_points: bool) -> QuantSpe
 class QuantParams:
     """A spec with its numbers; `scale` and `zero_point` have the shape the granularity gives.
 
-    Scales of a spec with `half_scales` are rounded to the nearest positive float16.
+    Scales of a spec with `half_scales` are rounded to the nearest positive float16, those of one
+    with `multiples` to the nearest multiples of a channel's scale.
     """
 
     spec: QuantSpec
@@ -189,7 +193,12 @@ class QuantParams:
         if not (np.all(np.isfinite(self.scale)) and np.all(self.scale > 0)):
             message = "every scale must be finite and positive"
             raise ValueError(message)
-        if self.spec.half_scales:
+        if self.spec.multiples:
+            assert isinstance(self.spec.granularity, PerBlock)
+            axes = block_axes(self.spec.granularity.axis, self.scale.ndim)
+            scale = whole_multiples(self.scale, axes, self.spec.bits)
+            object.__setattr__(self, "scale", scale)
+        elif self.spec.half_scales:
             bounded = np.clip(self.scale, _LEAST_HALF, np.float32(_LARGEST_HALF))
             object.__setattr__(self, "scale", bounded.astype(np.float16).astype(np.float32))
 
@@ -214,7 +223,8 @@ def params_for_range(spec: QuantSpec, low: float, high: float) -> QuantParams:
 def params_for_weight(weight: NDArray[np.floating], spec: QuantSpec) -> QuantParams:
     """Parameters whose grid covers every channel or block.
 
-    Signed codes reach its largest magnitude on both sides of zero, unsigned ones its range.
+    Signed codes reach its largest magnitude on both sides of zero, unsigned ones its range, and so
+    do signed ones whose blocks have zero points.
     The scale of a binary weight is its mean magnitude, which is nearest in the square
     (Rastegari et al., XNOR-Net, equation 6).
     """
@@ -225,14 +235,15 @@ def params_for_weight(weight: NDArray[np.floating], spec: QuantSpec) -> QuantPar
     grouped = _grouped(weight, spec.granularity)
     high = grouped.array.max(axis=grouped.reduced, initial=0.0)
     low = grouped.array.min(axis=grouped.reduced, initial=0.0)
-    reach = np.maximum(high, -low) if spec.signed else high - low
-    scale = np.asarray(reach / spec.qmax, np.float32)
+    even = spec.signed and not spec.multiples
+    reach = np.maximum(high, -low) if even else high - low
+    scale = np.asarray(reach / (spec.qmax - (0 if even else spec.qmin)), np.float32)
     scale = np.where(scale <= np.finfo(np.float32).tiny, np.float32(1), scale)
     found = QuantParams(spec, scale, np.zeros(scale.shape, np.int32))
-    if spec.signed:
+    if even:
         return found
     # Float16 scales may be smaller: every zero point is that of the scale as it is stored.
-    zero = np.clip(np.rint(-low / found.scale), spec.qmin, spec.qmax)
+    zero = np.clip(spec.qmin + np.rint(-low / found.scale), spec.qmin, spec.qmax)
     return replace(found, zero_point=zero.astype(np.int32))
 
 

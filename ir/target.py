@@ -80,6 +80,10 @@ class KernelRow:
             return f"{self.method} {self.op_type} reads weights of {widths} bits"
         granularity = spec.granularity
         size = granularity.size if isinstance(granularity, PerBlock) else None
+        whole = self.method in ("static", "dynamic") and size != 0
+        if size is not None and whole != spec.multiples:
+            kind = "are" if whole else "need not be"
+            return f"{self.method} {self.op_type}: scales of blocks {kind} multiples of one another"
         if size in self.blocks or (size is None and self.method != "weight-only"):
             return ""
         sizes = f"blocks of {', '.join(map(str, self.blocks))}" if self.blocks else "no blocks"

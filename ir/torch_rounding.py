@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from octavo.ir.kernel_codes import free_scales
 from octavo.ir.quant import PerAxis, PerBlock, QuantParams, broadcast_params, quantize
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class WeightRounding(LearnedWeight):
         # The float weight in codes, no further from the present code than the next border.
         self.real = torch.from_numpy(codes + np.clip(near, -_BORDER, _BORDER).astype(np.float32))
         self.scale = torch.from_numpy(np.array(params.scale, np.float32))
-        self.stretch = torch.zeros_like(self.scale, requires_grad=True)
+        self.stretch = torch.zeros(free_scales(params), requires_grad=True)
 
     @abstractmethod
     def soft_codes(self) -> Tensor:
@@ -165,7 +166,7 @@ class FlexRound(WeightRounding):
         self.factors = [torch.zeros(shape, requires_grad=True) for shape in shapes]
 
     def soft_codes(self) -> Tensor:
-        log = self._spread(self.stretch)
+        log = self._spread(self.stretch.expand_as(self.scale))
         for factor in self.factors:
             log = log + factor
         return self._clipped(_straight((self.real - self.zero) * (-log).exp()) + self.zero)

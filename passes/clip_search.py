@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, final
 
 import numpy as np
 
+from octavo.ir.kernel_codes import channel_unit
+from octavo.ir.multiples import most_multiple
 from octavo.ir.quant import PerAxis, PerBlock, PerTensor, QuantParams, fitted
 
 if TYPE_CHECKING:
@@ -98,6 +100,19 @@ def clipped_params(
             zero[part] = grid.zero.reshape(zero[part].shape)
     if isinstance(spec.granularity, PerTensor):
         scale, zero = scale.reshape(()), zero.reshape(())
+    found = QuantParams(spec, scale, zero)
+    return _multiples(rows, found, scale, p) if spec.multiples and weight.size else found
+
+
+def _multiples(rows: ScaleRows, found: QuantParams, wanted: Float32, p: float) -> QuantParams:
+    """For every block the multiple of its channel's scale, and the zero point, that lose least."""
+    spec, unit = found.spec, np.broadcast_to(channel_unit(found), found.scale.shape)
+    scale, zero = found.scale.copy(), found.zero_point.copy()
+    for part, held in rows.parts(_CHUNK_ELEMENTS):
+        search = _Search(held, spec, p)
+        grid = _Grid(*(a[part].reshape(-1).astype(np.float32) for a in (scale, zero)))
+        grid = search.on_multiples(grid, unit[part].reshape(-1), wanted[part].reshape(-1))
+        scale[part], zero[part] = (a.reshape(scale[part].shape) for a in (grid.scale, grid.zero))
     return QuantParams(spec, scale, zero)
 
 
@@ -137,6 +152,21 @@ class _Search:
                 grid, error = _better(grid, error, tried, left)
         for tried in self._recognised(np.flatnonzero(error > 0)):
             grid, error = _better(grid, error, tried, self._error(tried, whole.scale))
+        return grid
+
+    def on_multiples(self, grid: _Grid, unit: Float32, wanted: Float32) -> _Grid:
+        """The grid of least error per row whose scale is one of the three multiples of `unit`
+        nearest to `wanted`; its zero point is that of `grid`, or of a range that is cut below.
+        """
+        error = self._error(grid, unit)
+        most, nearest = most_multiple(self.spec.bits), np.rint(wanted / unit)
+        low, _ = self._range
+        for offset in (-1, 0, 1):
+            scale = np.asarray(unit * np.clip(nearest + offset, 1, most), np.float32)
+            fresh = np.clip(self.spec.qmin - np.rint(low / scale), self.spec.qmin, self.spec.qmax)
+            for zero in (grid.zero, np.asarray(fresh, np.float32)):
+                tried = _Grid(scale, zero)
+                grid, error = _better(grid, error, tried, self._error(tried, unit))
         return grid
 
     def _whole(self) -> _Grid:

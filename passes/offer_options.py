@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from octavo.passes.base import PassContext
     from octavo.passes.chains import Chain
 
+_INTEGER = ("static", "dynamic")
+# Two levels have no zero point between them.
+_LEAST_MULTIPLIED = 2
 _RECURRENT = ("LSTM", "GRU", "RNN")
 # Wider codes keep their accuracy in the largest blocks.
 _WIDE_BITS = 5
@@ -61,7 +64,8 @@ class OfferOptions(Pass):
 
     **What it does.** Finds the groups of nodes that must agree, and offers each: float; integer
     kernels with calibrated or run-time activations; float8 kernels; kernels that read low-bit
-    weights; low-bit storage that unpacks when the model loads, for integer or float compute. Nodes
+    weights; low-bit storage that unpacks when the model loads, for integer or float compute; for integer kernels also in
+    blocks of `integer-blocks`, whose scales are whole multiples of their channel's. Nodes
     without weights that an integer kernel exists for are offered that kernel.
     **Why.** `allocate` chooses among offers and knows nothing of kernels.
     **When it does not apply.** An option without a row in the target's table, without calibrated
@@ -77,6 +81,7 @@ class OfferOptions(Pass):
 
     bits: tuple[int, ...] = (8, 6, 5, 4, 3, 2)
     blocks: tuple[int, ...] = (32, 64, 128)
+    integer_blocks: tuple[int, ...] = (64,)
     static: bool = True
     dynamic: bool = True
     float8: bool = True
@@ -178,14 +183,13 @@ class _Maker:
         }
         if request.storage and request.float16:
             yield ("storage", _HALF_BITS, 0)
+        narrow = [bits for bits in request.bits if bits < _WIDE_BITS]
         for method in (name for name, wanted in allowed.items() if wanted):
             yield from ((method, bits, 0) for bits in request.bits)
+            sizes = request.blocks if method == "storage" else request.integer_blocks
+            yield from ((method, bits, size) for bits in narrow for size in sizes)
         if request.float8:
             yield ("float8", _CODE_BITS, 0)
-        if request.storage:
-            # Blocks of weights that are unpacked: nothing else reads those of recurrent nodes.
-            narrow = [bits for bits in request.bits if bits < _WIDE_BITS]
-            yield from (("storage", bits, size) for bits in narrow for size in request.blocks)
         for bits in request.bits if request.weight_only else ():
             sizes = request.blocks if bits < _WIDE_BITS else request.blocks[-1:]
             yield from (("weight-only", bits, size) for size in sizes)
@@ -198,16 +202,19 @@ class _Maker:
         options = {}
         for name in group.nodes:
             option = self._option(self.nodes[name], method, bits, size)
-            options[name] = option or self._stored(self.nodes[name], method, bits)
+            options[name] = option or self._stored(self.nodes[name], spec)
         if any(option is not None and option.method == method for option in options.values()):
             found = {name: option for name, option in options.items() if option is not None}
             if len(found) == len(options):
                 yield found
 
-    def _stored(self, node: onnx_ir.Node, method: Method, bits: int) -> Option | None:
-        """Storage on the grid that others of its group compute with."""
+    def _stored(self, node: onnx_ir.Node, spec: tuple[Method, int, int]) -> Option | None:
+        """Storage on the grid that others of its group compute with, where it is that of a row."""
+        method, bits, size = spec
+        if size and method in _INTEGER:
+            return None
         stored = self._option(node, "storage", bits, 0)
-        if stored is None or stored.weight is None or method not in ("static", "dynamic"):
+        if stored is None or stored.weight is None or method not in _INTEGER:
             return stored
         return replace(stored, weight=self._computed(stored.weight))
 
@@ -216,9 +223,12 @@ class _Maker:
             return None
         if node.op_type in _RECURRENT and method == "dynamic" and not self.request.recurrent:
             return None
+        # Blocks of weights that are unpacked: nothing else reads those of recurrent nodes.
         if size and method == "storage" and not _has_blocks(node, size):
             return None
         row = self.ctx.target.support(node, method).row
+        if size and method in _INTEGER and not (row and self._multiplies(node, row, bits, size)):
+            return None
         if row is None or (method == "float8" and not self._has_range(node, row)):
             return None
         if bits == _HALF_BITS:
@@ -228,6 +238,17 @@ class _Maker:
             return Option(method)
         spec = self._spec(row, node, bits, size)
         return None if row.refusal(spec) else Option(method, spec)
+
+    def _multiplies(self, node: onnx_ir.Node, row: KernelRow, bits: int, size: int) -> bool:
+        """Whether a kernel takes codes in blocks, multiplied, and a row has several of them."""
+        weight = node.inputs[row.weights[0]] if size in row.blocks else None
+        shape = weight.shape.numpy() if weight is not None and weight.shape is not None else ()
+        if len(shape) < 2 or bits < _LEAST_MULTIPLIED or self.ctx.target.weight_bits < _CODE_BITS:
+            return False
+        length = shape[1 - row.weight_axis]
+        largest = self._largest(weight)
+        fits = _LEAST_MAGNITUDE <= largest <= QuantSpec("f16").qmax
+        return fits and length > size and length % size == 0
 
     def _has_range(self, node: onnx_ir.Node, row: KernelRow) -> bool:
         known = self.ranges.by_value if self.ranges is not None else {}
@@ -240,6 +261,10 @@ class _Maker:
         rank = weight.shape.rank() if weight is not None and weight.shape is not None else 0
         if node.op_type in _RECURRENT:
             spec = QuantSpec(dtype, PerBlock(2, size), symmetric=True)
+        elif size and row.method in _INTEGER:
+            return QuantSpec(
+                dtype, PerBlock(1 - row.weight_axis, size), half_scales=True, multiples=True
+            )
         elif size:
             axis = 1 - row.weight_axis % 2 if node.op_type in ("Gemm", "Gather") else 0
             zeros = self.ctx.target.zero_points and not self.request.portable
@@ -248,7 +273,7 @@ class _Maker:
             spec = QuantSpec(dtype, PerTensor(), symmetric=True)
         else:
             spec = QuantSpec(dtype, PerAxis(row.weight_axis % rank), symmetric=True)
-        if row.method in ("static", "dynamic"):
+        if row.method in _INTEGER:
             spec = self._computed(spec)
         half = self.request.half_scales and self._scales_halve(node, row, spec)
         return replace(spec, half_scales=half or self.ctx.target.half_scales)

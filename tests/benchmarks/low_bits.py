@@ -3,7 +3,8 @@
 Every weight gets the same bits, one scale per output channel (`--block` for blocks), and each
 method chooses codes, scales and biases. Bytes are those of the emitted file; KL or normalised
 error, agreement of the largest class and the task's score are measured on data that no method
-has seen. `--activations` adds int8 activations where the runtime has kernels for them.
+has seen. `--activations` adds int8 activations where the runtime has kernels for them, with ranges
+found at run time for models whose int8 needs no data.
 """
 
 from __future__ import annotations
@@ -113,14 +114,17 @@ class Bench:
 
     def _planned(self, bits: int, before: str) -> Model:
         """The model with all weights at that many bits, up to its FakeQuants."""
-        blocks = f"blocks={self.block}," if self.block else "weight-only=false,"
-        static = "true" if self.activations else "false"
+        blocks = "weight-only=false,integer-blocks=,"
+        if self.block:
+            blocks = f"blocks={self.block},integer-blocks={self.block},"
+        calibrated = self.activations and self.case.calibration is not None
+        static = "true" if calibrated else "false"
         dynamic = "true" if self.activations and self.dynamic else "false"
-        kinds = f"static={static},dynamic={dynamic},float16=false"
+        kinds = f"static={static},dynamic={dynamic},float16=false,float8=false"
         kinds += f",keep-float={self.keep_float}" if self.keep_float else ""
         offered = f"offer-options{{bits={bits},{blocks}{kinds}}}"
-        calibrated = f"{self.ranges}," if self.activations else ""
-        text = f"canonicalize,{before + ',' if before else ''}{calibrated}{offered}"
+        ranges = f"{self.ranges}," if calibrated else ""
+        text = f"canonicalize,{before + ',' if before else ''}{ranges}{offered}"
         model = Pipeline.parse(text).run(self.source, self.ctx).model
         menu = model.fact(Menu)
         by_node = {

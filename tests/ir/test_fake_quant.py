@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import onnx
+import onnx.numpy_helper
+import onnx.parser
 import onnx_ir
 import pytest
 from hypothesis import given
@@ -20,8 +22,10 @@ from octavo.ir.fake_quant import (
     constant,
     declare_functions,
     fake_quant_node,
+    fold_quantized_constants,
     params_of,
     parse_spec,
+    set_rounded,
     spec_text,
 )
 from octavo.ir.quant import (
@@ -36,9 +40,12 @@ from octavo.ir.quant import (
     params_for_weight,
     quantize,
 )
+from octavo.ir.read import read
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from octavo.ir.model import Model
 
 Run = Callable[[onnx.ModelProto, "NDArray[np.float32]"], "NDArray[Any]"]
 SHAPE = (4, 6, 2)
@@ -209,6 +216,7 @@ def test_a_constant_is_made_once() -> None:
     st.sampled_from([None, 5, 7]),
     st.booleans(),
     st.sampled_from([None, 1, 4]),
+    st.booleans(),
 )
 def test_the_text_of_a_spec_reads_back(
     dtype: QuantType,
@@ -217,8 +225,10 @@ def test_the_text_of_a_spec_reads_back(
     used_bits: int | None,
     half_scales: bool,
     index_bits: int | None,
+    multiples: bool,
 ) -> None:
-    spec = QuantSpec(dtype, granularity, symmetric, used_bits, half_scales, index_bits)
+    multiples &= isinstance(granularity, PerBlock)
+    spec = QuantSpec(dtype, granularity, symmetric, used_bits, half_scales, index_bits, multiples)
     assert parse_spec(spec_text(spec)) == spec
 
 
@@ -226,3 +236,63 @@ def test_the_text_of_a_spec_reads_back(
 def test_what_is_no_spec_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is not a quantization spec"):
         parse_spec(text)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        QuantSpec("s4", PerAxis(1), symmetric=True),
+        QuantSpec("u4", PerBlock(0, 8), half_scales=True),
+        QuantSpec("s3", PerBlock(0, 8), multiples=True, half_scales=True),
+        QuantSpec("s1", PerAxis(1), symmetric=True),
+        QuantSpec("s8", symmetric=True),
+    ],
+    ids=str,
+)
+def test_folded_constants_are_what_a_runtime_computes(spec: QuantSpec) -> None:
+    model = _weighted(np.random.default_rng(0).standard_normal((32, 6)).astype(np.float32), spec)
+    (expected,) = ReferenceEvaluator(onnx_ir.to_proto(model.ir)).run(None, {})
+    own = model.ir.clone()
+    fold_quantized_constants(own)
+    assert not [node for node in own.graph if node.domain == "octavo"]
+    assert not own.functions
+    (found,) = own.graph.outputs
+    assert found.name == "y"
+    assert found.const_value is not None
+    np.testing.assert_array_equal(found.const_value.numpy(), expected)
+    # The model itself keeps its quantizer.
+    assert next(node.op_type for node in model.graph).startswith("FakeQuant")
+
+
+def test_rounded_numbers_are_kept_as_codes_and_others_as_they_are() -> None:
+    spec = QuantSpec("s4", PerAxis(1), symmetric=True)
+    weight = np.random.default_rng(0).standard_normal((32, 6)).astype(np.float32)
+    model = _weighted(weight, spec)
+    (fake,) = model.graph
+    value = fake.inputs[0]
+    assert value is not None
+    params = params_of(fake)
+    for array, kept in ((dequantize(quantize(weight, params), params), True), (weight, False)):
+        set_rounded(model.graph, fake, array)
+        assert isinstance(value.const_value, onnx_ir.LazyTensor) == kept
+        assert value.const_value is not None
+        np.testing.assert_array_equal(value.const_value.numpy(), array)
+
+
+def _weighted(weight: NDArray[np.float32], spec: QuantSpec) -> Model:
+    """A graph that only quantizes a constant, to the output `y`."""
+    text = '<ir_version: 10, opset_import: ["" : 21]> g () => (float[32, 6] y) { y = Identity(w) }'
+    proto = onnx.parser.parse_model(text)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    model = read(proto)
+    (node,) = model.graph
+    value = model.graph.initializers["w"]
+    fake = fake_quant_node(value, params_for_weight(weight, spec), "fq", model.graph)
+    model.graph.insert_before(node, fake)
+    onnx_ir.convenience.replace_all_uses_with(
+        node.outputs[0], fake.outputs[0], replace_graph_outputs=True
+    )
+    model.graph.remove(node, safe=True)
+    fake.outputs[0].name = "y"
+    declare_functions(model.ir)
+    return model

@@ -213,3 +213,20 @@ def test_a_missing_seconds_row_is_no_offer(pass_context: PassContext) -> None:
     found = menu_of(built(QKV), ctx, OfferOptions()).offers["q"]
     assert methods(found) == {"float", "weight-only", "storage"}
     assert {offer.seconds for offer in found} == {3.0}
+
+
+def test_integer_kernels_are_offered_few_bits_in_blocks(pass_context: PassContext) -> None:
+    """Where a row has several whole blocks, and the processor multiplies whole bytes."""
+    model = built(
+        "agraph (float[N, 192] x) => (float[N, 8] y, float[N, 8] z)"
+        " <float[192, 8] long, float[96, 8] short, float[192, 96] middle>"
+        " { [wide] y = MatMul (x, long) [mid] m = MatMul (x, middle) [even] z = MatMul (m, short) }"
+    )
+    request = OfferOptions(ties=("weight",))
+    menu = menu_of(model, pass_context, request)
+    found = {n: [s for s in _weights(menu.offers[n]) if s.multiples] for n in menu.offers}
+    assert [str(s) for s in found["wide"]] == [f"s{b}/block64@0x" for b in (4, 3, 2)]
+    assert not found["even"]
+    narrow = replace(pass_context.target, weight_bits=7)
+    menu = menu_of(model, replace(pass_context, target=narrow), request)
+    assert not any(s.multiples for offers in menu.offers.values() for s in _weights(offers))
