@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, final
@@ -44,10 +44,14 @@ class Fidelity:
 
 def run_file(
     path: Path, feeds: Sequence[Feed], *, threads: int, session: Session | None = None
-) -> tuple[Outputs, ...]:
-    """The outputs of a model file for every feed, by ONNX Runtime or a given session of it."""
+) -> Iterator[Outputs]:
+    """The outputs of a model file for one feed after another.
+
+    By ONNX Runtime, or by a given session of the file.
+    """
     session = session or make_session(path, threads=threads)
-    return tuple(session.run({n: feed[n] for n in session.inputs}) for feed in feeds)
+    for feed in feeds:
+        yield session.run({name: feed[name] for name in session.inputs})
 
 
 def compare(reference: Iterable[Outputs], outputs: Iterable[Outputs]) -> Fidelity:

@@ -18,6 +18,7 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as runtime_state
 
 from octavo.ir.errors import ModelError, OctavoError, UnknownName, UsageError, VerificationFailed
+from octavo.ir.fake_quant import fold_quantized_constants
 from octavo.ir.memory import release_memory
 from octavo.ir.model import weight_bytes
 from octavo.ir.parts import parts
@@ -257,16 +258,18 @@ def model_session(model: Model, threads: int, optimization: Optimization = "all"
     Weights are handed over as they lie in memory; where they are large the runtime would copy
     them, and a temporary file that it maps takes less.
     """
+    own = model.ir.clone()
+    fold_quantized_constants(own)
     if weight_bytes(model) <= _IN_MEMORY_BYTES:
         options = _options(threads, optimization)
-        content, arrays = _detached(model.ir.clone())
+        content, arrays = _detached(own)
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
         options.add_external_initializers(list(arrays), values)
         session = _load(content, options, set())
         return replace(session, keeps_alive=tuple(arrays.values()))
     with tempfile.TemporaryDirectory(prefix="octavo-") as folder:
         path = Path(folder) / "model.onnx"
-        onnx_ir.save(model.ir, path, external_data="model.onnx.data")
+        onnx_ir.save(own, path, external_data="model.onnx.data")
         return make_session(path, threads=threads, optimization=optimization)
 
 

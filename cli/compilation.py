@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
 from octavo.backends.bench import random_feed
-from octavo.backends.fidelity import Fidelity, compare
+from octavo.backends.fidelity import Fidelity
 from octavo.cli.candidates import Candidate, fastest
 from octavo.cli.finishing import Finishing
 from octavo.cli.html_report import REPORT, write_report
@@ -313,7 +314,7 @@ class _Job:
         proof = measured.backend.audit(best.artifact, self.feed, threads=threads)
         timing = measured.final_bench(best.artifact)
         self.progress("prove", 1, 1)
-        reference, outputs = measured.reference, measured.outputs(best.artifact)
+        shown = tuple(islice(measured.outputs(best.artifact), _PROBES))
         return Compiled(
             request=self.request,
             source=self.model,
@@ -323,8 +324,8 @@ class _Job:
             artifact=best.artifact,
             audit=proof,
             bench=timing,
-            fidelity=compare(reference, outputs),
-            probes=Probes(tuple(measured.probes[:_PROBES]), outputs[:_PROBES]),
+            fidelity=measured.fidelity(best.artifact),
+            probes=Probes(tuple(measured.probes[:_PROBES]), shown),
             notes=notes,
             calibration=self.ctx.calibration,
         )

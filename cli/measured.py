@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -41,7 +42,7 @@ class Measured:
     request: Request
     cache: Cache | None = None
     benches: dict[Path, Bench] = field(default_factory=dict)
-    seen: dict[Path, tuple[Outputs, ...]] = field(default_factory=dict)
+    compared: dict[Path, Fidelity] = field(default_factory=dict)
 
     @property
     def backend(self) -> Backend:
@@ -75,24 +76,22 @@ class Measured:
 
     def fidelity(self, artifact: Artifact) -> Fidelity:
         """How far the artifact's outputs are from the source's on the probes."""
-        return compare(self.reference, self.outputs(artifact))
-
-    def outputs(self, artifact: Artifact) -> tuple[Outputs, ...]:
         path = artifact.path
-        if path not in self.seen:
-            threads = self.request.threads
-            session = self.backend.open(path, threads=threads)
-            self.seen[path] = run_file(path, self.probes, threads=threads, session=session)
-            del session
+        if path not in self.compared:
+            self.compared[path] = compare(self.reference, self.outputs(artifact))
             release_memory()
-        return self.seen[path]
+        return self.compared[path]
 
-    @property
+    def outputs(self, artifact: Artifact) -> Iterator[Outputs]:
+        """What an artifact gives for one probe after another; nobody keeps them."""
+        threads = self.request.threads
+        session = self.backend.open(artifact.path, threads=threads)
+        return run_file(artifact.path, self.probes, threads=threads, session=session)
+
+    @cached_property
     def reference(self) -> tuple[Outputs, ...]:
-        """The outputs of the source."""
-        if self.source not in self.seen:
-            self.seen[self.source] = tuple(self.evaluator.outputs(self.model, self.probes))
-        return self.seen[self.source]
+        """The outputs of the source for the probes."""
+        return tuple(self.evaluator.outputs(self.model, self.probes))
 
     def _bench(self, artifacts: Sequence[Artifact]) -> Bench:
         files = [artifact.path for artifact in artifacts]
