@@ -64,9 +64,9 @@ class OfferOptions(Pass):
 
     **What it does.** Finds the groups of nodes that must agree, and offers each: float; integer
     kernels with calibrated or run-time activations; float8 kernels; kernels that read low-bit
-    weights; low-bit storage that unpacks when the model loads, for integer or float compute; for integer kernels also in
-    blocks of `integer-blocks`, whose scales are whole multiples of their channel's. Nodes
-    without weights that an integer kernel exists for are offered that kernel.
+    weights; low-bit storage that unpacks when the model loads, for integer or float compute, for
+    integer kernels also in blocks of `integer-blocks`, whose scales are whole multiples of their
+    channel's. Nodes without weights that an integer kernel exists for are offered that kernel.
     **Why.** `allocate` chooses among offers and knows nothing of kernels.
     **When it does not apply.** An option without a row in the target's table, without calibrated
     ranges (static and float8), or on a node that `keep_float` names is not offered. `portable`
