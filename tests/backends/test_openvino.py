@@ -13,8 +13,9 @@ import onnx.helper
 import onnx.numpy_helper
 import pytest
 
+import octavo as api
 from octavo.backends import ov_session
-from octavo.backends.ort_session import OrtEvaluator
+from octavo.backends.ort_session import OrtEvaluator, make_session
 from octavo.backends.ov_audit import audit, measure_latencies
 from octavo.backends.ov_backend import OpenVinoBackend
 from octavo.backends.ov_lowering import lower
@@ -35,6 +36,11 @@ pytest.importorskip("openvino", reason="needs the extra openvino")
 Calibrated = Callable[..., Any]
 # Of the largest output: OpenVINO's own rounding inside a layer moves a code by one.
 ONE_STEP = 0.02
+MODELS = Path(__file__).resolve().parents[2] / "models"
+PORTABLE = (
+    "canonicalize,offer-options{portable=true,static=false},"
+    "sensitivity{estimator=weight-error},allocate,place-quantizers,insert-fake-quant,clip-weights"
+)
 
 
 @pytest.fixture
@@ -224,3 +230,28 @@ def test_errors_of_the_runtime_are_octavos(
         with pytest.raises(UsageError, match="does not fit the model") as refused:
             session.run(feed)
         assert why in refused.value.why
+
+
+def test_portable_files_for_onnx_runtime_run_here_too(tmp_path: Path) -> None:
+    """The same file on both runtimes, beside the float model: blocks of 4 and 8 bits, float16."""
+    compiled = api.compile(
+        MODELS / "fashion_vit.onnx", calibration=MODELS / "fashion.npz", portable=True, size="22%",
+        pipeline=PORTABLE, measure=False,
+    )  # fmt: skip
+    compiled.save(tmp_path / "out")
+    path = tmp_path / "out" / "model.onnx"
+    assert {"INT4", "FLOAT16"} <= _weight_bits(path)
+    with np.load(MODELS / "fashion_test.npz") as data:
+        feed = {"input": data["input"][:64]}
+    source, here, there = (
+        next(iter(session.run(feed).values()))
+        for session in (
+            make_session(MODELS / "fashion_vit.onnx", threads=1),
+            ov_session.open_session(path, threads=1),
+            make_session(path, threads=1),
+        )
+    )
+    reach = np.linalg.norm(source)
+    assert np.linalg.norm(here - there) <= ONE_STEP * reach
+    assert np.linalg.norm(here - source) <= 3 * ONE_STEP * reach
+    assert (here.argmax(-1) == there.argmax(-1)).mean() >= 0.95
