@@ -153,7 +153,7 @@ class Outcome:
 class Descent:
     """Adam from given inputs: `steps` of size `rate` in deviations, falling as a cosine.
 
-    Not before one step, it ends after `seconds`.
+    Not before one step, it ends where another as long as those before would pass `seconds`.
     """
 
     steps: int
@@ -196,8 +196,8 @@ class Descent:
         images = [name for name, start in starts.items() if start.image]
         adam = torch.optim.Adam(list(free.values()), lr=rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, self.steps, rate * _LAST_SHARE)
-        distance, step = math.inf, 0
-        while step < self.steps and (step == 0 or time.monotonic() < deadline):
+        distance, step, begun = math.inf, 0, time.monotonic()
+        while step < self.steps and _fits(begun, step, deadline):
             feed = {n: _scaled(z, starts[n]) for n, z in free.items()}
             if objective.terms.roll:
                 feed |= {n: _rolled(feed[n], objective.terms.roll, draw) for n in images}
@@ -214,6 +214,12 @@ class Descent:
             progress(step, self.steps)
         arrays = {n: _finished(z, starts[n], objective.terms) for n, z in free.items()}
         return Outcome(arrays, distance, step, restarts, step < self.steps)
+
+
+def _fits(begun: float, steps: int, deadline: float) -> bool:
+    """Whether another step as long as those before ends in time; the first one always does."""
+    now = time.monotonic()
+    return not steps or now + (now - begun) / steps <= deadline
 
 
 def _stride(classes: int) -> int:

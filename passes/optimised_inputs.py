@@ -53,9 +53,9 @@ class InputGroups:
         from octavo.ir.torch_losses import one_thread
 
         rounds = group_count(self.how.samples, self.shapes)
+        clock = _Clock(time.monotonic(), self.how.seconds, rounds)
         with one_thread(), ThreadPoolExecutor(_ABREAST) as executor:
             objective = self._objective()
-            clock = _Clock(time.monotonic(), self.how.seconds, rounds)
             watch = _Watch(self.ctx, clock, rounds * self.how.steps, self.how.all_or_nothing)
             jobs = [
                 executor.submit(self._group, objective, group, clock, watch)

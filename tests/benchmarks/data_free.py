@@ -279,7 +279,7 @@ def _met(row: Row) -> str:
 def _effects(console: Console, rows: Sequence[Row]) -> None:
     """Damage of every variant at every width, a column per model, as a table of Markdown."""
     models = list(dict.fromkeys(row.model for row in rows))
-    damage = {(row.model, row.source, row.bits): f"{row.damage:.4f}" for row in rows if not row.why}
+    damage = {(row.model, row.source, row.bits): f"{row.damage:.5f}" for row in rows if not row.why}
     widths = sorted({row.bits for row in rows if not row.why}, reverse=True)
     console.print(f"| damage at {' and '.join(map(str, widths))} bits | {' | '.join(models)} |")
     console.print("|--" * (len(models) + 1) + "|")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import onnx
 import pytest
 import torch
 
+from octavo.ir import torch_synthesis
 from octavo.ir.read import read
 from octavo.ir.torch_image_terms import low_passed, moved, patch_entropy, total_variation
 from octavo.ir.torch_module import TorchGraph, differentiable
@@ -95,6 +97,19 @@ def test_classes_are_seen_where_they_are_asked_for() -> None:
 def test_the_clock_ends_it_after_one_step_at_least() -> None:
     found = _run(Terms(), seconds=0.0)
     assert (found.steps, found.late) == (1, True)
+
+
+def test_no_step_begins_that_would_end_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of three seconds: the fourth of ten seconds would end after twelve."""
+    now = [0.0]
+    monkeypatch.setattr(torch_synthesis, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def step(done: int, total: int) -> None:
+        now[0] += 3.0
+
+    objective = Objective(_graph(), (_wanted(),), (), "y", Terms())
+    found = Descent(80, 0.1, 10.0, seed=0).run(objective, _start(), {}, step)
+    assert (found.steps, found.late) == (3, True)
 
 
 def test_a_loss_that_is_not_finite_begins_again_and_gives_up() -> None:
