@@ -202,8 +202,9 @@ class Planner:
     def _within(self, budget: float | None, latency: str) -> tuple[Candidate, list[str]]:
         """A candidate whose file keeps to size and latency; else the last, and what it misses.
 
-        Only a plan that fits is refined, once.
+        Only a plan that fits is refined, once, where the pipeline refines.
         """
+        refines = any(each.name == "refine" for each in self._solving.passes)
         aim, scale = budget, 1.0
         candidate: Candidate | None = None
         missed: list[str] = []
@@ -215,6 +216,8 @@ class Planner:
                     raise
                 break
             missed, over, slow = self._check(candidate, budget, latency)
+            if not missed and not refines:
+                return candidate, []
             if not missed:
                 refined = self._build(aim, _scaled(latency, scale), refined=True)
                 found = self._check(refined, budget, latency)[0]

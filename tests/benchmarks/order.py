@@ -103,7 +103,7 @@ def main(
     output: Annotated[Path | None, typer.Option("--json", help="Write the rows there.")] = None,
 ) -> None:
     """Print damage and score of both orders, and how often the advisor is right."""
-    console, found = Console(width=130), []
+    console, found = Console(width=150), []
     cases = {case.name: case for case in CASES}
     titles = ("model", "pass", "pass first", "bits first", "proposed", "advised", "saves", "right")
     table = Table(*titles, title="held-out damage and score")
