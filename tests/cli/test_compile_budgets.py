@@ -15,6 +15,8 @@ import pytest
 
 import octavo as api
 from octavo.cli.calibration_data import load_calibration
+from octavo.cli.candidates import Candidate
+from octavo.cli.planned import Planner
 from octavo.ir.calibration import Part
 from octavo.ir.errors import BudgetInfeasible, UsageError
 from octavo.ir.read import read
@@ -230,3 +232,26 @@ def test_the_least_size_within_a_damage(network: Path) -> None:
         sizes.append(compiled.artifact.bytes)
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] < 0.8 * sizes[0]
+
+
+def test_a_plan_that_nothing_refines_is_built_once(
+    network: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built, build = [], Planner._build
+
+    def counted(self: Planner, *args: Any, **options: Any) -> Candidate:
+        built.append(options)
+        return build(self, *args, **options)
+
+    monkeypatch.setattr(Planner, "_build", counted)
+    deciding = (
+        "canonicalize,offer-options{bits=8,static=false},sensitivity{estimator=weight-error},"
+        "allocate,{refine}place-quantizers,insert-fake-quant"
+    )
+    for refine, calls in (("", [{}]), ("refine{seconds=0},", [{}, {"refined": True}])):
+        api.compile(
+            network, calibration=str(DATA), size="60%", measure=False,
+            pipeline=deciding.replace("{refine}", refine),
+        )  # fmt: skip
+        assert built == calls
+        built.clear()
