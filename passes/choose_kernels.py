@@ -13,6 +13,7 @@ from octavo.ir.quant import PerAxis, PerBlock, PerTensor, QuantSpec, kernel_bloc
 from octavo.passes.base import Pass, Statistic
 from octavo.passes.chains import bias_add, float8_values, static_chains, static_values
 from octavo.passes.groups import weight_row
+from octavo.passes.integer_blocks import integer_blocks
 from octavo.passes.partition import Edge, Item, integer_side
 from octavo.passes.patterns import select
 from octavo.passes.stored_once import without_float_copies
@@ -47,7 +48,9 @@ class ChooseKernels(Pass):
     the whole path tells whether an integer kernel pays.
     With `float8` a node that is not static gets a float8 kernel, with `weight-only` one that reads
     blocks, instead of dynamic quantization. `bits` are those of weights in the file; kernels
-    multiply bytes, so that fewer are unpacked when the model loads, and cost no time.
+    multiply bytes, so that fewer are unpacked when the model loads, and cost no time. Below 5 bits
+    weights are in blocks of `block-size` where rows are several whole ones: a block's scale is a
+    multiple of its channel's.
     **When it does not apply.** No calibrated range (no data): no static option; nor where a mask
     would leave the scores of a Softmax a few of 256 steps. No row in the target's table, a pattern
     in `keep_float`, or too few weights to shrink: float, with the reason.
@@ -92,7 +95,7 @@ class ChooseKernels(Pass):
             if node.name in absorbed:
                 continue
             if name in integer:
-                choices[name] = _static_choice(chains[name], node, ctx, self.bits)
+                choices[name] = self._static(chains[name], node, ctx)
             elif name in kept:
                 choices[name] = Choice(FLOAT, f"kept float by '{kept[name]}'")
             elif (choice := self._otherwise(node, name in chains, ctx, total)) is not None:
@@ -170,10 +173,24 @@ class ChooseKernels(Pass):
             spec = kernel_blocks(self.bits, blocks, zero_points=ctx.target.zero_points)
             half = self.bits < _BYTE or ctx.target.half_scales
             return Option(method, replace(spec, half_scales=half))
+        if method == "dynamic":
+            return Option(method, self._multiplied(row, node, ctx.target))
         spec = _weight_spec(row, node, self.bits)
         if method == "float8":
             return Option(method, replace(_computed(spec, ctx.target), dtype="f8"))
-        return Option(method, spec if method == "storage" else _computed(spec, ctx.target))
+        return Option(method, spec)
+
+    def _multiplied(self, row: KernelRow, node: onnx_ir.Node, target: Target) -> QuantSpec:
+        """The spec of a weight that an integer kernel multiplies, of few bits in blocks."""
+        blocks = integer_blocks(row, node, self.bits, self.block_size, target)
+        return blocks or _computed(_weight_spec(row, node, self.bits), target)
+
+    def _static(self, chain: Chain, node: onnx_ir.Node, ctx: PassContext) -> Choice:
+        weight = self._multiplied(chain.row, node, ctx.target) if chain.row.weights else None
+        seconds = {
+            str(m): s for m in ("float", "static") if (s := ctx.cost.seconds(node, m)) is not None
+        }
+        return Choice(Option("static", weight), chain.row.note or "integer kernel", seconds)
 
 
 def _problem(
@@ -207,15 +224,6 @@ def _problem(
         quantize = seconds + _QUANTIZER_PRICE * total
         edges.append(Edge(value.name or "", made_by, tuple(readers), quantize, back))
     return items, edges
-
-
-def _static_choice(chain: Chain, node: onnx_ir.Node, ctx: PassContext, bits: int) -> Choice:
-    spec = _weight_spec(chain.row, node, bits) if chain.row.weights else None
-    weight = _computed(spec, ctx.target) if spec is not None else None
-    seconds = {
-        str(m): s for m in ("float", "static") if (s := ctx.cost.seconds(node, m)) is not None
-    }
-    return Choice(Option("static", weight), chain.row.note or "integer kernel", seconds)
 
 
 def _check_float8(model: Model, ctx: PassContext) -> None:

@@ -28,6 +28,7 @@ from octavo.passes.base import Pass, Statistic
 from octavo.passes.chains import float8_values, static_chains, static_values
 from octavo.passes.fixed_bytes import fixed_bytes
 from octavo.passes.groups import find_groups
+from octavo.passes.integer_blocks import integer_blocks
 from octavo.passes.offer_bytes import offer_bytes
 from octavo.passes.patterns import select
 
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
     from octavo.passes.chains import Chain
 
 _INTEGER = ("static", "dynamic")
-# Two levels have no zero point between them.
-_LEAST_MULTIPLIED = 2
 _RECURRENT = ("LSTM", "GRU", "RNN")
 # Wider codes keep their accuracy in the largest blocks.
 _WIDE_BITS = 5
@@ -227,8 +226,9 @@ class _Maker:
         if size and method == "storage" and not _has_blocks(node, size):
             return None
         row = self.ctx.target.support(node, method).row
-        if size and method in _INTEGER and not (row and self._multiplies(node, row, bits, size)):
-            return None
+        if size and row is not None and method in _INTEGER:
+            spec = integer_blocks(row, node, bits, size, self.ctx.target)
+            return Option(method, spec) if spec is not None else None
         if row is None or (method == "float8" and not self._has_range(node, row)):
             return None
         if bits == _HALF_BITS:
@@ -238,17 +238,6 @@ class _Maker:
             return Option(method)
         spec = self._spec(row, node, bits, size)
         return None if row.refusal(spec) else Option(method, spec)
-
-    def _multiplies(self, node: onnx_ir.Node, row: KernelRow, bits: int, size: int) -> bool:
-        """Whether a kernel takes codes in blocks, multiplied, and a row has several of them."""
-        weight = node.inputs[row.weights[0]] if size in row.blocks else None
-        shape = weight.shape.numpy() if weight is not None and weight.shape is not None else ()
-        if len(shape) < 2 or bits < _LEAST_MULTIPLIED or self.ctx.target.weight_bits < _CODE_BITS:
-            return False
-        length = shape[1 - row.weight_axis]
-        largest = self._largest(weight)
-        fits = _LEAST_MAGNITUDE <= largest <= QuantSpec("f16").qmax
-        return fits and length > size and length % size == 0
 
     def _has_range(self, node: onnx_ir.Node, row: KernelRow) -> bool:
         known = self.ranges.by_value if self.ranges is not None else {}
@@ -261,10 +250,6 @@ class _Maker:
         rank = weight.shape.rank() if weight is not None and weight.shape is not None else 0
         if node.op_type in _RECURRENT:
             spec = QuantSpec(dtype, PerBlock(2, size), symmetric=True)
-        elif size and row.method in _INTEGER:
-            return QuantSpec(
-                dtype, PerBlock(1 - row.weight_axis, size), half_scales=True, multiples=True
-            )
         elif size:
             axis = 1 - row.weight_axis % 2 if node.op_type in ("Gemm", "Gather") else 0
             zeros = self.ctx.target.zero_points and not self.request.portable

@@ -199,7 +199,7 @@ def test_packed_codes_compute_exactly_what_plain_ones_do(
 ) -> None:  # fmt: skip
     option = Option(method, QuantSpec(dtype, _granularity(name), symmetric=True))
     planned, packed = _lowered(name, option, tmp_path / "packed.onnx", pass_context)
-    monkeypatch.setattr(ort_packing, "steps", lambda *_: ())
+    monkeypatch.setattr(ort_packing, "kernel_steps", lambda *_: ())
     monkeypatch.setattr(ort_packing, "pack", lambda codes, _: (codes,))
     plain = lower(planned, tmp_path / "plain.onnx")
     assert len(onnx.load(packed.path).graph.node) > len(onnx.load(plain.path).graph.node)

@@ -251,3 +251,25 @@ def test_few_bits_change_the_file_and_not_the_kernels(
     }
     widths = {c.option.weight.bits for c in four.values() if c.option.weight is not None}
     assert widths == {4}
+
+
+def test_few_bits_are_in_blocks_where_rows_are_several(pass_context: PassContext) -> None:
+    """Of fashion-vit, whose projections read 96 or 192 inputs; a shared weight stays as it is."""
+    model = read(shipped("fashion-vit"))
+    plan = Pipeline.parse("canonicalize,choose-kernels{bits=4}").run(model, pass_context).model
+    products = [n for n in plan.graph if n.op_type in ("MatMul", "Gemm") and n.inputs[1]]
+    specs = {n.name: plan.fact(Plan).by_node.get(n.name or "") for n in products}
+    found = {
+        name: choice.option.weight
+        for name, choice in specs.items()
+        if choice is not None and choice.option.method == "dynamic"
+    }
+    assert found
+    for node in products:
+        spec = found.get(node.name)
+        if spec is not None:
+            rows = node.inputs[1].shape[0] if node.inputs[1].shape is not None else 0
+            assert spec.multiples == (rows % 32 == 0 and rows > 32), node.name
+    wide = Pipeline.parse("canonicalize,choose-kernels{bits=5}").run(model, pass_context).model
+    weights = [c.option.weight for c in wide.fact(Plan).by_node.values()]
+    assert not any(w.multiples for w in weights if w is not None)
