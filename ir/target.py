@@ -82,8 +82,8 @@ class KernelRow:
         size = granularity.size if isinstance(granularity, PerBlock) else None
         whole = self.method in ("static", "dynamic") and size != 0
         if size is not None and whole != spec.multiples:
-            kind = "are" if whole else "need not be"
-            return f"{self.method} {self.op_type}: scales of blocks {kind} multiples of one another"
+            kind = "multiples of a channel's scale" if whole else "scales of their own"
+            return f"{self.method} {self.op_type} reads blocks with {kind}"
         if size in self.blocks or (size is None and self.method != "weight-only"):
             return ""
         sizes = f"blocks of {', '.join(map(str, self.blocks))}" if self.blocks else "no blocks"

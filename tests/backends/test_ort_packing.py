@@ -430,9 +430,9 @@ def test_a_weight_that_no_kernel_reads_is_refused(
 
 
 @pytest.mark.parametrize("method", ["static", "dynamic"])
-def test_integer_kernels_take_no_blocks(
+def test_integer_kernels_take_no_blocks_with_scales_of_their_own(
     method: Method, tmp_path: Path, pass_context: PassContext
 ) -> None:
     option = Option(method, QuantSpec("s4", PerBlock(0, 32), symmetric=True))
-    with pytest.raises(UsageError, match="reads no blocks"):
+    with pytest.raises(UsageError, match="reads blocks with multiples of a channel's scale"):
         _lowered("MatMul", option, tmp_path / "m.onnx", pass_context)
