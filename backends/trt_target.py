@@ -181,6 +181,7 @@ def _target(name: str, part: Part, features: tuple[str, ...], runtime: str) -> T
         ir_version=10,
         never=_NEVER,
         half_scales=True,
+        half_constants=True,
         zero_points=False,
         fused_sums=("Conv",),
         fused_quantizers=True,
@@ -193,7 +194,7 @@ def _target(name: str, part: Part, features: tuple[str, ...], runtime: str) -> T
 _RUNTIME = "TensorRT 11"
 PART_OF = {"tensorrt": PARTS[0], **{f"tensorrt-{part.name}": part for part in PARTS}}
 TARGETS = {
-    "tensorrt": _target("tensorrt", PARTS[0], ("int8", "int4 weights"), f"{_RUNTIME}, any part"),
+    "tensorrt": _target("tensorrt", PARTS[0], PARTS[0].features, f"{_RUNTIME}, any part"),
     **{
         name: _target(
             name, part, part.features,

@@ -107,10 +107,11 @@ class Target:
     `ties` says which nodes get one decision together: readers of one weight, projections of one
     input, operands of one sum, operands of one Concat. `unsigned_where_positive` gives signed
     activations that are never negative unsigned codes. `half_scales` says that every scale is
-    stored as float16, `zero_points` that kernels of blocks take one beside few bits. A sum fuses
-    into the kernel of an operand that one of `fused_sums` makes for it alone, which then needs no
-    quantizer; `fused_quantizers` run inside the kernel in front of them. `features` are what the
-    device can run, in words; the rates are nominal, for the analytic prior.
+    stored as float16, `half_constants` that what stays float is, `zero_points` that kernels of
+    blocks take one beside few bits. A sum fuses into the kernel of an operand that one of
+    `fused_sums` makes for it alone, which then needs no quantizer; `fused_quantizers` run inside
+    the kernel in front of them. `features` are what the device can run, in words; the rates are
+    nominal, for the analytic prior.
     """
 
     name: str
@@ -125,6 +126,7 @@ class Target:
     ties: tuple[Tie, ...] = ("weight", "input")
     unsigned_where_positive: bool = False
     half_scales: bool = False
+    half_constants: bool = False
     zero_points: bool = True
     fused_sums: tuple[str, ...] = ()
     fused_quantizers: bool = False

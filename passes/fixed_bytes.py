@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import onnx_ir
+
 from octavo.ir.facts import HalfConstants
 from octavo.ir.file_bytes import half_bytes, tensor_bytes
 from octavo.ir.weightless import is_small, without_weights
@@ -12,7 +14,6 @@ from octavo.passes.groups import weight_row, weight_source
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    import onnx_ir
     from onnx_ir import TensorProtocol
 
     from octavo.ir.model import Model
@@ -41,7 +42,10 @@ def fixed_bytes(model: Model, decided: Iterable[str], target: Target) -> int:
         if is_small(tensor):
             total -= _bytes(value, tensor) if id(value) in own else 0
         elif id(value) not in own:
-            total += _bytes(value, tensor, half=value.name in halved)
+            half = value.name in halved or (
+                target.half_constants and tensor.dtype == onnx_ir.DataType.FLOAT
+            )
+            total += _bytes(value, tensor, half=half)
     return total
 
 

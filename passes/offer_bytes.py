@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from octavo.ir.facts import FLOAT, Option
 from octavo.ir.option_bytes import each_weight_bytes
-from octavo.passes.groups import weight_source
+from octavo.ir.quant import QuantSpec
+from octavo.passes.groups import weight_row, weight_source
 from octavo.passes.tied_weights import stored
 
 if TYPE_CHECKING:
@@ -13,8 +15,10 @@ if TYPE_CHECKING:
 
     import onnx_ir
 
-    from octavo.ir.facts import Option
     from octavo.ir.target import Target
+
+# What a weight takes that stays float where a file holds float16.
+_HALF = Option("storage", QuantSpec("f16"))
 
 
 def offer_bytes(
@@ -31,9 +35,10 @@ def offer_bytes(
     total = 0
     for name, option in options.items():
         node = nodes[name]
-        row = target.support(node, "storage").row
+        row = weight_row(node, target)
         weights = row.weights if row is not None else ()
-        for value, found in each_weight_bytes(node, weights, option, shapes):
+        held = _HALF if option == FLOAT and target.half_constants else option
+        for value, found in each_weight_bytes(node, weights, held, shapes):
             source, spec = (
                 stored(value, option.weight) if option.weight else (weight_source(value), None)
             )

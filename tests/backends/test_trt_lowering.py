@@ -25,7 +25,7 @@ from octavo.backends.trt_target import TARGETS
 from octavo.cli.stand_in import stand_in
 from octavo.ir.calibration import Feed
 from octavo.ir.errors import UsageError
-from octavo.ir.menu import Menu
+from octavo.ir.menu import Menu, Solution
 from octavo.ir.model import Model
 from octavo.ir.read import read
 from octavo.models import fetch, shipped
@@ -36,6 +36,9 @@ from octavo.passes.presets import preset
 _SM86 = TARGETS["tensorrt-sm86"]
 _INT8 = "canonicalize,calibrate{method=minmax},choose-kernels,place-quantizers,insert-fake-quant"
 _INT4 = "canonicalize,choose-kernels{weight-only=true,bits=4,block-size=64},insert-fake-quant"
+_OFFERED = "canonicalize,calibrate,offer-options,sensitivity{estimator=weight-error}"
+# A recurrent network has no integer kernel: float16 is the least it takes.
+_LEAST = {"fashion-lstm": 0.5}
 # Largest relative error that one code more or less may leave, on noise as inputs.
 _NETWORKS = {"fashion-resnet": 0.02, "fashion-mobile": 0.08, "fashion-vit": 0.02,
              "fashion-lstm": 0.004}  # fmt: skip
@@ -270,6 +273,26 @@ def test_the_same_model_gives_the_same_bytes(
     planned = Pipeline.parse(_INT8).run(source, context(source)).model
     contents = {lower(planned, tmp_path / f"{k}.onnx", _SM86).path.read_bytes() for k in range(2)}
     assert len(contents) == 1
+
+
+@pytest.mark.parametrize("name", ["fashion-resnet", "fashion-vit", "fashion-lstm"])
+def test_a_plan_takes_the_bytes_it_was_chosen_for(
+    name: str, tmp_path: Path, context: Callable[[Model], PassContext]
+) -> None:
+    """What stays float counts as the float16 that is written, and weights count at all."""
+    source = read(shipped(name))
+    whole = source.source.bytes
+    sizes = {}
+    for share in (0.52, 0.4):
+        limit = f"allocate{{size={round(share * whole)}}}"
+        text = f"{_OFFERED},{limit},place-quantizers,insert-fake-quant"
+        if share > _LEAST.get(name, 0.0):
+            planned = Pipeline.parse(text).run(source, context(source)).model
+            sizes[share] = lower(planned, tmp_path / "model.onnx", _SM86).bytes
+            predicted = planned.fact(Solution).totals["bytes"]
+            assert predicted <= share * whole
+            assert abs(predicted - sizes[share]) <= 0.03 * sizes[share]
+    assert sizes
 
 
 def test_build_commands_name_every_dynamic_dimension(tmp_path: Path) -> None:
