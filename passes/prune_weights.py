@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _LINEAR = ("Conv", "MatMul", "Gemm")
 # Shares of zeros whose distortion is measured, between which nothing is interpolated.
 _LEVELS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-_SPARSE_TARGETS = ("tensorrt",)
+_SPARSE = "2:4 sparsity"
 
 
 @final
@@ -77,7 +77,7 @@ class PruneWeights(Pass):
             raise UsageError(message, where=f"{self.name}{{sparsity={self.sparsity:g}}}")
         if self.samples < 1:
             raise UsageError("samples must be at least 1", where=self.name)
-        if ctx.target.name not in _SPARSE_TARGETS:
+        if _SPARSE not in ctx.target.features:
             text = f"{ctx.target.name} has no sparse kernel: zeros save bytes of a compressed file"
             ctx.remark("note", "", f"{text}, and no time")
         nodes = [n for n in chosen(model, self.only, self.keep) if self._applies(n, ctx)]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from octavo.backends.registry import TARGETS
 from octavo.cli.calibration_data import load_calibration
 from octavo.ir.errors import UsageError
 from octavo.ir.read import read
@@ -142,6 +143,15 @@ def test_pruned_network_has_the_zeros_that_were_asked_for(
         assert any("no sparse kernel" in note for note in notes)
     assert all(0.599 <= share <= 0.602 for share in zeros.values())
     assert scores["obs", "distortion"] > scores["obs", "uniform"] > scores["magnitude", "uniform"]
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-sm86", "ort-cpu"])
+def test_a_part_with_sparse_kernels_gains_time(target: str, pass_context: PassContext) -> None:
+    model, ctx = loaded(pass_context)
+    ctx = replace(ctx, target=TARGETS[target])
+    run = Pipeline.parse("canonicalize,prune-weights{pattern=2:4,method=magnitude}").run(model, ctx)
+    notes = [r.text for r in run.records[-1].remarks if r.kind == "note"]
+    assert any("no sparse kernel" in note for note in notes) == (target == "ort-cpu")
 
 
 def test_two_of_four_counts_along_input_channels(pass_context: PassContext) -> None:
