@@ -48,15 +48,15 @@ def free_scales(params: QuantParams) -> tuple[int, ...]:
 
 
 def block_arrays(params: QuantParams) -> Mapping[str, NDArray[np.generic]]:
-    """Zero points and multiples, shaped so that they broadcast against codes split into blocks."""
+    """Multiples, and zero points of a grid that has them, as codes split into blocks read them."""
     if not params.spec.multiples:
         return {}
     axis = _blocks(params.spec).axis + 1
     multiples = np.rint(params.scale / channel_unit(params))
-    return {
-        "zeros": np.expand_dims(params.zero_point, axis).astype(ZEROS.numpy()),
-        "multiples": np.expand_dims(multiples, axis).astype(MULTIPLES.numpy()),
-    }
+    found = {"multiples": np.expand_dims(multiples, axis).astype(MULTIPLES.numpy())}
+    if not params.spec.symmetric:
+        found["zeros"] = np.expand_dims(params.zero_point, axis).astype(ZEROS.numpy())
+    return found
 
 
 def block_shape(shape: tuple[int, ...], spec: QuantSpec) -> tuple[int, ...]:
@@ -75,14 +75,17 @@ def kernel_steps(shape: tuple[int, ...], spec: QuantSpec) -> tuple[Step, ...]:
         return made
     axis, size = _blocks(spec).axis, _blocks(spec).size
     split = (*shape[:axis], shape[axis] // size, size, *shape[axis + 1 :])
+    centring = (
+        Step("Cast", ("zeros",), "wide_zeros", _INT32),
+        Step("Sub", ("split", "wide_zeros"), "centred"),
+    )
     return (
         *made,
         Step("Cast", (made[-1].output,), "wide", _INT32),
         Step("Reshape", ("wide", split), "split"),
-        Step("Cast", ("zeros",), "wide_zeros", _INT32),
+        *(() if spec.symmetric else centring),
         Step("Cast", ("multiples",), "wide_multiples", _INT32),
-        Step("Sub", ("split", "wide_zeros"), "centred"),
-        Step("Mul", ("centred", "wide_multiples"), "multiplied"),
+        Step("Mul", ("split" if spec.symmetric else "centred", "wide_multiples"), "multiplied"),
         Step("Cast", ("multiplied",), "narrow", _INT8),
         Step("Reshape", ("narrow", shape), "joined"),
     )
@@ -92,7 +95,9 @@ def channel_unit(params: QuantParams) -> NDArray[np.float32]:
     """The scale of every channel, whose multiples are those of blocks: axes of length 1."""
     axes = block_axes(_blocks(params.spec).axis, params.scale.ndim)
     largest = params.scale.max(axis=axes, keepdims=True)
-    return np.asarray(largest / np.float32(most_multiple(params.spec.bits)), np.float32)
+    return np.asarray(
+        largest / np.float32(most_multiple(params.spec.bits, params.spec.symmetric)), np.float32
+    )
 
 
 def _blocks(spec: QuantSpec) -> PerBlock:

@@ -19,9 +19,10 @@ _MULTIPLE_BITS = 4
 _HALF = np.finfo(np.float16)
 
 
-def most_multiple(bits: int) -> int:
-    """The largest m for which m times any difference of two codes is an int8 code."""
-    return min((1 << _MULTIPLE_BITS) - 1, _LARGEST_CODE // ((1 << bits) - 1))
+def most_multiple(bits: int, symmetric: bool) -> int:
+    """The largest m for which m times any code is an int8 code, with a zero point or without."""
+    largest = (1 << (bits - 1) if symmetric else 1 << bits) - 1
+    return min((1 << _MULTIPLE_BITS) - 1, _LARGEST_CODE // largest)
 
 
 def channel_axis(block_axis: int) -> int:
@@ -35,14 +36,14 @@ def block_axes(block_axis: int, rank: int) -> tuple[int, ...]:
 
 
 def whole_multiples(
-    scale: NDArray[np.float32], axes: tuple[int, ...], bits: int
+    scale: NDArray[np.float32], axes: tuple[int, ...], most: int
 ) -> NDArray[np.float32]:
     """The scales nearest to `scale` that are `m · s`, with one float16 s over `axes`.
 
-    The largest m is `most_multiple(bits)`. Products are exact; whole multiples stay as they are.
+    The largest m is `most`. Products are exact; whole multiples stay as they are.
     """
-    largest = scale.max(axis=axes, keepdims=True, initial=0.0) / np.float32(most_multiple(bits))
+    largest = scale.max(axis=axes, keepdims=True, initial=0.0) / np.float32(most)
     bounded = np.clip(largest, _HALF.smallest_subnormal, _HALF.max)
     unit = bounded.astype(np.float16).astype(np.float32)
-    found: NDArray[np.float32] = unit * np.clip(np.rint(scale / unit), 1, most_multiple(bits))
+    found: NDArray[np.float32] = unit * np.clip(np.rint(scale / unit), 1, most)
     return found

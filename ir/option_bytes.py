@@ -185,7 +185,9 @@ def _code_bytes(shape: tuple[int, ...], spec: QuantSpec, name_bytes: int) -> int
     if spec.multiples:
         found = block_shape(shape, spec)
         size = math.ceil(math.prod(found) / 2)
-        total += sum(tensor_bytes(found, size, name_bytes + len(n)) for n in _BLOCK_NAMES.values())
+        read = {given for step in made for given in step.inputs}
+        names = [name for label, name in _BLOCK_NAMES.items() if label in read]
+        total += sum(tensor_bytes(found, size, name_bytes + len(name)) for name in names)
     if spec.index_bits is not None:
         size = codebook_size(spec.index_bits)
         total += tensor_bytes((size,), size, name_bytes + len("_q_codes"))

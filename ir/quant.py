@@ -14,7 +14,7 @@ import onnx_ir
 from numpy.typing import NDArray
 
 from octavo.ir.errors import UsageError
-from octavo.ir.multiples import block_axes, whole_multiples
+from octavo.ir.multiples import block_axes, most_multiple, whole_multiples
 
 Entry = TypeVar("Entry", bound=np.generic)
 Codes = NDArray[np.int8 | np.uint8 | np.float16 | ml_dtypes.float8_e4m3fn]
@@ -196,7 +196,8 @@ class QuantParams:
         if self.spec.multiples:
             assert isinstance(self.spec.granularity, PerBlock)
             axes = block_axes(self.spec.granularity.axis, self.scale.ndim)
-            scale = whole_multiples(self.scale, axes, self.spec.bits)
+            most = most_multiple(self.spec.bits, self.spec.symmetric)
+            scale = whole_multiples(self.scale, axes, most)
             object.__setattr__(self, "scale", scale)
         elif self.spec.half_scales:
             bounded = np.clip(self.scale, _LEAST_HALF, np.float32(_LARGEST_HALF))
@@ -235,7 +236,7 @@ def params_for_weight(weight: NDArray[np.floating], spec: QuantSpec) -> QuantPar
     grouped = _grouped(weight, spec.granularity)
     high = grouped.array.max(axis=grouped.reduced, initial=0.0)
     low = grouped.array.min(axis=grouped.reduced, initial=0.0)
-    even = spec.signed and not spec.multiples
+    even = spec.signed and (spec.symmetric or not spec.multiples)
     reach = np.maximum(high, -low) if even else high - low
     scale = np.asarray(reach / (spec.qmax - (0 if even else spec.qmin)), np.float32)
     scale = np.where(scale <= np.finfo(np.float32).tiny, np.float32(1), scale)

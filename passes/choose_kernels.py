@@ -48,7 +48,7 @@ class ChooseKernels(Pass):
     the whole path tells whether an integer kernel pays.
     With `float8` a node that is not static gets a float8 kernel, with `weight-only` one that reads
     blocks, instead of dynamic quantization. `bits` are those of weights in the file; kernels
-    multiply bytes, so that fewer are unpacked when the model loads, and cost no time. Below 5 bits
+    multiply bytes, so that fewer are unpacked when the model loads, and cost no time. Below 6 bits
     weights are in blocks of `block-size` where rows are several whole ones: a block's scale is a
     multiple of its channel's.
     **When it does not apply.** No calibrated range (no data): no static option; nor where a mask

@@ -159,12 +159,14 @@ class _Search:
         nearest to `wanted`; its zero point is that of `grid`, or of a range that is cut below.
         """
         error = self._error(grid, unit)
-        most, nearest = most_multiple(self.spec.bits), np.rint(wanted / unit)
+        most = most_multiple(self.spec.bits, self.spec.symmetric)
+        nearest = np.rint(wanted / unit)
         low, _ = self._range
         for offset in (-1, 0, 1):
             scale = np.asarray(unit * np.clip(nearest + offset, 1, most), np.float32)
             fresh = np.clip(self.spec.qmin - np.rint(low / scale), self.spec.qmin, self.spec.qmax)
-            for zero in (grid.zero, np.asarray(fresh, np.float32)):
+            zeros = (grid.zero,) if self.spec.symmetric else (grid.zero, fresh.astype(np.float32))
+            for zero in zeros:
                 tried = _Grid(scale, zero)
                 grid, error = _better(grid, error, tried, self._error(tried, unit))
         return grid

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
     from octavo.ir.target import KernelRow, Target
 
-# Two levels have no zero point between them; a multiple of five bits is no longer a byte.
-_BITS = (2, 3, 4)
+# Two levels have no zero between them, and multiples of six bits are hardly any in a byte. Those of
+# five have room for four, with zero points; without, for eight.
+_BITS = (2, 3, 4, 5)
+_WITHOUT_ZEROS = 5
 _BYTE = 8
 # A channel's scale is at most this part of its largest magnitude; float16 below is subnormal.
 _LEAST_MAGNITUDE = 127 * 2.0**-14
@@ -42,7 +44,8 @@ def integer_blocks(
     if not _LEAST_MAGNITUDE <= reading(tensor, _largest) <= np.finfo(np.float16).max:
         return None
     blocks = PerBlock(1 - row.weight_axis, size)
-    return QuantSpec(signed_type(bits), blocks, half_scales=True, multiples=True)
+    even = bits >= _WITHOUT_ZEROS
+    return QuantSpec(signed_type(bits), blocks, even, half_scales=True, multiples=True)
 
 
 def _largest(array: NDArray[np.floating]) -> float:

@@ -185,8 +185,10 @@ class _Maker:
         narrow = [bits for bits in request.bits if bits < _WIDE_BITS]
         for method in (name for name, wanted in allowed.items() if wanted):
             yield from ((method, bits, 0) for bits in request.bits)
-            sizes = request.blocks if method == "storage" else request.integer_blocks
-            yield from ((method, bits, size) for bits in narrow for size in sizes)
+            stores = method == "storage"
+            sizes = request.blocks if stores else request.integer_blocks
+            widths = narrow if stores else request.bits
+            yield from ((method, bits, size) for bits in widths for size in sizes)
         if request.float8:
             yield ("float8", _CODE_BITS, 0)
         for bits in request.bits if request.weight_only else ():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from octavo.ir.multiples import whole_multiples
+from octavo.ir.multiples import most_multiple, whole_multiples
 from octavo.passes.gptq import RowGrid, row_errors
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def stored_scale(scale: Float32, old: RowGrid) -> Float32:
     """A scale as it is stored, the old one where it cannot be."""
     if old.spec.multiples:
         kept = np.where(np.isfinite(scale) & (scale > _TINY), scale, old.scale)
-        return whole_multiples(kept, (2,), old.spec.bits)
+        return whole_multiples(kept, (2,), most_multiple(old.spec.bits, old.spec.symmetric))
     if old.spec.half_scales:
         with np.errstate(over="ignore"):
             scale = scale.astype(np.float16).astype(np.float32)

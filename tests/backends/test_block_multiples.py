@@ -20,7 +20,15 @@ from octavo.ir.kernel_codes import block_arrays, kernel_params, kernel_steps
 from octavo.ir.multiples import most_multiple, whole_multiples
 from octavo.ir.option_bytes import table_bytes, weight_bytes
 from octavo.ir.packing import pack, parts
-from octavo.ir.quant import PerAxis, PerBlock, QuantParams, QuantSpec, dequantize, quantize
+from octavo.ir.quant import (
+    PerAxis,
+    PerBlock,
+    QuantParams,
+    QuantSpec,
+    dequantize,
+    quantize,
+    signed_type,
+)
 from octavo.ir.read import read
 from octavo.passes.clip_search import clipped_params
 from octavo.passes.insert_fake_quant import InsertFakeQuant
@@ -35,7 +43,7 @@ if TYPE_CHECKING:
     from octavo.ir.model import Model
     from octavo.passes.base import PassContext
 
-WIDTHS = (4, 3, 2)
+WIDTHS = (5, 4, 3, 2)
 # Kernels may round an output to either neighbour: 1 % more than one step of u8.
 OUTPUT_RANGE = Range(-90.0, 90.0, -90.0, 90.0)
 OUTPUT_STEP = 1.01 * 180 / 255
@@ -49,8 +57,9 @@ FORMS = {
 
 
 def spec_of(bits: int, axis: int, size: int = 32) -> QuantSpec:
-    dtype = {4: "s4", 3: "s3", 2: "s2"}[bits]
-    return QuantSpec(dtype, PerBlock(axis, size), half_scales=True, multiples=True)  # type: ignore[arg-type]
+    even = bits == 5
+    blocks = PerBlock(axis, size)
+    return QuantSpec(signed_type(bits), blocks, even, half_scales=True, multiples=True)
 
 
 def uneven(shape: tuple[int, ...], seed: int = 0) -> NDArray[np.float32]:
@@ -62,20 +71,23 @@ def uneven(shape: tuple[int, ...], seed: int = 0) -> NDArray[np.float32]:
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_multiples_are_nearest_exact_and_stay(bits: int) -> None:
     scale = np.random.default_rng(0).lognormal(0, 1, (6, 50)).astype(np.float32)
-    found = whole_multiples(scale, (0,), bits)
-    np.testing.assert_array_equal(whole_multiples(found, (0,), bits), found)
-    unit = found.max(axis=0) / most_multiple(bits)
+    most = most_multiple(bits, symmetric=bits == 5)
+    found = whole_multiples(scale, (0,), most)
+    np.testing.assert_array_equal(whole_multiples(found, (0,), most), found)
+    unit = found.max(axis=0) / most
     np.testing.assert_array_equal(unit.astype(np.float16), unit)
     counts = found / unit
     np.testing.assert_array_equal(counts, np.rint(counts))
     assert counts.min() >= 1
-    assert counts.max() <= most_multiple(bits)
+    assert counts.max() <= most
     inside = scale >= unit
     assert np.all(
         np.abs(found - scale)[inside] <= 0.51 * np.broadcast_to(unit, scale.shape)[inside]
     )
-    # Every product of a multiple with the difference of two codes is an int8 code.
-    assert most_multiple(bits) * ((1 << bits) - 1) <= np.iinfo(np.int8).max
+    # Every product of a multiple with a code, or the difference of two, is an int8 code.
+    spec = spec_of(bits, 0)
+    reach = spec.qmax if spec.symmetric else spec.qmax - spec.qmin
+    assert most * reach <= np.iinfo(np.int8).max
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -102,7 +114,7 @@ def test_the_search_for_blocks_loses_less_than_one_scale_and_hardly_more_than_an
     weight = uneven((256, 40))
     spec = spec_of(bits, 0, 64)
     whole = QuantSpec(spec.dtype, PerAxis(1), symmetric=True)
-    free = QuantSpec(spec.dtype, PerBlock(0, 64))
+    free = QuantSpec(spec.dtype, PerBlock(0, 64), spec.symmetric)
     losses = {
         name: np.square(weight - dequantize(quantize(weight, found), found)).sum()
         for name, own in (("own", spec), ("whole", whole), ("free", free))

@@ -270,6 +270,6 @@ def test_few_bits_are_in_blocks_where_rows_are_several(pass_context: PassContext
         if spec is not None:
             rows = node.inputs[1].shape[0] if node.inputs[1].shape is not None else 0
             assert spec.multiples == (rows % 32 == 0 and rows > 32), node.name
-    wide = Pipeline.parse("canonicalize,choose-kernels{bits=5}").run(model, pass_context).model
+    wide = Pipeline.parse("canonicalize,choose-kernels{bits=6}").run(model, pass_context).model
     weights = [c.option.weight for c in wide.fact(Plan).by_node.values()]
     assert not any(w.multiples for w in weights if w is not None)

@@ -225,7 +225,7 @@ def test_integer_kernels_are_offered_few_bits_in_blocks(pass_context: PassContex
     request = OfferOptions(ties=("weight",))
     menu = menu_of(model, pass_context, request)
     found = {n: [s for s in _weights(menu.offers[n]) if s.multiples] for n in menu.offers}
-    assert [str(s) for s in found["wide"]] == [f"s{b}/block64@0x" for b in (4, 3, 2)]
+    assert [str(s) for s in found["wide"]] == [f"s{b}/block64@0x" for b in (5, 4, 3, 2)]
     assert not found["even"]
     narrow = replace(pass_context.target, weight_bits=7)
     menu = menu_of(model, replace(pass_context, target=narrow), request)
