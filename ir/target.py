@@ -6,13 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, final
 
-from octavo.ir.quant import PerBlock
+from octavo.ir.quant import PerBlock, QuantSpec
 
 if TYPE_CHECKING:
     import onnx_ir
 
     from octavo.ir.facts import Method
-    from octavo.ir.quant import QuantSpec
 
 OutputRule = Literal["quantized", "either", "float"]
 Tie = Literal["weight", "input", "sum", "concat"]
@@ -133,6 +132,17 @@ class Target:
     features: tuple[str, ...] = ()
     macs_per_second: float = 40e9
     bytes_per_second: float = 8e9
+
+    @property
+    def activation_grid(self) -> QuantSpec:
+        """The grid that ranges are chosen for and static rounding is measured on.
+
+        It is symmetric where every activation is signed. Unsigned codes where nothing is negative
+        have 256 levels, which stand for the signed ones beside them as well.
+        """
+        signed = self.activation_dtype == "s8" and not self.unsigned_where_positive
+        dtype: Literal["u8", "s8"] = "s8" if signed else "u8"
+        return QuantSpec(dtype, symmetric=signed, half_scales=self.half_scales)
 
     def support(self, node: onnx_ir.Node, method: Method) -> Support:
         """The first row for the node and method whose conditions hold."""

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 # The runtime rounds an activation many times faster than numpy.
 _STATIC = """
 <ir_version: 10, opset_import: ["" : 21]>
-rounding (float x, float scale, uint8 zero) => (float y) {
+rounding (float x, float scale, {zero} zero) => (float y) {{
     codes = QuantizeLinear (x, scale, zero)
     y = DequantizeLinear (codes, scale, zero)
-}"""
+}}"""
 _DYNAMIC = """
 <ir_version: 10, opset_import: ["" : 21]>
 rounding (float x) => (float y) {
@@ -44,11 +44,12 @@ class ActivationRounding:
 
     evaluator: Evaluator
 
-    def static(self, array: Array, found: Range) -> Array:
-        """On the u8 grid of a calibrated range."""
-        params = params_for_range(QuantSpec("u8"), found.low, found.high)
-        zero = params.zero_point.astype(np.uint8)
-        return self._static({"x": array, "scale": params.scale, "zero": zero})["y"]
+    def static(self, array: Array, found: Range, grid: QuantSpec) -> Array:
+        """On the 8-bit grid of a calibrated range."""
+        params = params_for_range(grid, found.low, found.high)
+        run, dtype = (self._signed, np.int8) if grid.signed else (self._unsigned, np.uint8)
+        zero = params.zero_point.astype(dtype)
+        return run({"x": array, "scale": np.asarray(params.scale), "zero": zero})["y"]
 
     def dynamic(self, array: Array) -> Array:
         """On the u8 grid of the array's own extremes (ONNX DynamicQuantizeLinear)."""
@@ -66,8 +67,12 @@ class ActivationRounding:
         return round_weight(array, spec)
 
     @cached_property
-    def _static(self) -> Runner:
-        return _loaded(self.evaluator, _STATIC)
+    def _unsigned(self) -> Runner:
+        return _loaded(self.evaluator, _STATIC.format(zero="uint8"))
+
+    @cached_property
+    def _signed(self) -> Runner:
+        return _loaded(self.evaluator, _STATIC.format(zero="int8"))
 
     @cached_property
     def _dynamic(self) -> Runner:

@@ -12,7 +12,7 @@ from octavo.ir.cache import cache_key
 from octavo.ir.facts import Fact, Range, Ranges
 from octavo.ir.versions import versions
 from octavo.passes.base import Pass
-from octavo.passes.clipping import ClipMethod, choose_interval
+from octavo.passes.clipping import ClipMethod, choose_interval, depends_on_grid
 from octavo.passes.spec import format_pass
 from octavo.passes.sweep import sweep_ranges
 
@@ -58,7 +58,7 @@ class Calibrate(Pass):
         if batches.samples > self.max_samples:
             batches = _First(batches, self.max_samples)
         names = _measurable(model, ctx)
-        keys = {name: self._key(model, batches, name) for name in names}
+        keys = {name: self._key(model, ctx, batches, name) for name in names}
         found = _known(ctx, keys)
         if len(found) == len(names):
             ctx.remark("note", "", "the ranges are known from an earlier run: no sweep")
@@ -82,16 +82,18 @@ class Calibrate(Pass):
                 continue
             if histogram.low == histogram.high:
                 ctx.remark("note", name, "constant on all calibration data", value=histogram.low)
-            low, high = choose_interval(histogram, self.method, self.percentile)
+            grid = ctx.target.activation_grid
+            low, high = choose_interval(histogram, self.method, self.percentile, grid)
             found[name] = Range(low, high, histogram.low, histogram.high)
             ctx.count("ranges")
         return found
 
-    def _key(self, model: Model, batches: Batches, name: str) -> str:
+    def _key(self, model: Model, ctx: PassContext, batches: Batches, name: str) -> str:
         installed = json.dumps(versions(), sort_keys=True)
-        return cache_key(
-            "range", model.fingerprint, batches.sha256, format_pass(self), installed, name
-        )
+        parts = [model.fingerprint, batches.sha256, format_pass(self), installed, name]
+        if depends_on_grid(self.method):
+            parts.append(repr(ctx.target.activation_grid))
+        return cache_key("range", *parts)
 
 
 @final

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
 from octavo.ir.facts import QuantizedInput, Ranges
+from octavo.passes.clipping import step_of
 from octavo.passes.rewrite import only_reader, scalar
 
 if TYPE_CHECKING:
     import onnx_ir
 
     from octavo.ir.model import Model
+    from octavo.ir.quant import QuantSpec
     from octavo.ir.target import KernelRow, Target
     from octavo.passes.base import PassContext
 
-_STEPS = 255
 # A Softmax that is told its inputs in steps of half a nat gives chances that are off by a quarter.
 _COARSEST = 0.5
 
@@ -95,7 +96,7 @@ def static_chains(model: Model, ctx: PassContext, kept: Container[str]) -> Mappi
         ctx.remark("note", "", "no calibrated ranges: no static integer kernels")
         return {}
     chains, coarse = find_chains(model, ctx.target), set[str]()
-    for name, step in coarse_logits(chains, ranges).items():
+    for name, step in coarse_logits(chains, ranges, ctx.target.activation_grid).items():
         coarse.add(name)
         text = f"float: 8 bits would tell a Softmax its inputs in steps of {step:.2g}"
         ctx.remark("missed", name, text, step=step)
@@ -115,7 +116,7 @@ def _quantized(chain: Chain) -> tuple[onnx_ir.Value, ...]:
     return chain.operands if chain.row.output == "either" else (*chain.operands, *chain.outputs)
 
 
-def coarse_logits(chains: Mapping[str, Chain], ranges: Ranges) -> dict[str, float]:
+def coarse_logits(chains: Mapping[str, Chain], ranges: Ranges, grid: QuantSpec) -> dict[str, float]:
     """Values that end in a Softmax with too wide a range for 8 bits, and the step they would get.
 
     A mask added to scores does that: it is far below them, and the scores share one step.
@@ -126,7 +127,7 @@ def coarse_logits(chains: Mapping[str, Chain], ranges: Ranges) -> dict[str, floa
         moved = chain.row.same_params and any(v.name in found for v in chain.outputs)
         if reads in ranges.by_value and (moved or chain.head.op_type == "Softmax"):
             known = ranges.by_value[reads]
-            step = (known.high - known.low) / _STEPS
+            step = step_of(grid, known.low, known.high)
             if step > _COARSEST:
                 found[reads] = step
     return found

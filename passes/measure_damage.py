@@ -174,7 +174,8 @@ class _Study:
             if value is not None and suffix.holds_readers(value):
                 del pending[name]
                 found = self.model.fact(Ranges).by_value[name]
-                trials[f"{_VALUE}{name}"] = static_trial(name, found, self.activations)
+                grid = self.ctx.target.activation_grid
+                trials[f"{_VALUE}{name}"] = static_trial(name, found, self.activations, grid)
         return trials
 
     def resumed(self, job: _Job) -> Mapping[str, Damage]:
@@ -182,9 +183,10 @@ class _Study:
         cache, read = self.ctx.cache, repr((*job.suffix.boundary, *job.constants))
         if cache is None:
             return self._run(job)
+        grid = repr(self.ctx.target.activation_grid)
         # What rounding a value does depends on no suffix, as all of its readers are in any.
-        parts = {n: () if n.startswith(_VALUE) else (read,) for n in job.trials}
-        keys = {n: cache_key("damage trial", self.digest, n, *p) for n, p in parts.items()}
+        parts = {n: grid if n.startswith(_VALUE) else read for n in job.trials}
+        keys = {n: cache_key("damage trial", self.digest, n, p) for n, p in parts.items()}
         stored = {name: cache.get(key) for name, key in keys.items()}
         known = {n: Damage(*json.loads(text)) for n, text in stored.items() if text is not None}
         trials = {name: trial for name, trial in job.trials.items() if name not in known}

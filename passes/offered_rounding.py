@@ -52,9 +52,11 @@ class Trial:
         return self.weights is not _nothing
 
 
-def static_trial(name: str, found: Range, activations: ActivationRounding) -> Trial:
-    """A value on the grid of its calibrated range."""
-    return Trial(activations=lambda fed: {name: activations.static(fed[name], found)})
+def static_trial(
+    name: str, found: Range, activations: ActivationRounding, grid: QuantSpec
+) -> Trial:
+    """A value on a grid that covers its calibrated range."""
+    return Trial(activations=lambda fed: {name: activations.static(fed[name], found, grid)})
 
 
 @final

@@ -10,6 +10,8 @@ import onnx.parser
 import onnxruntime
 import pytest
 
+from octavo.backends.ov_target import OPENVINO
+from octavo.backends.trt_target import TARGETS
 from octavo.ir.cache import Cache
 from octavo.ir.errors import CalibrationError
 from octavo.ir.facts import Range, Ranges
@@ -247,3 +249,37 @@ def test_only_values_that_nobody_swept_are_swept(
     assert swept == [["conv", "relu"], ["relu"], ["conv"]]
     assert found[1] == whole.fact(Ranges)
     assert dict(found[2].by_value) == {"conv": found[1].by_value["conv"]}
+
+
+@pytest.mark.parametrize(
+    ("method", "again"),
+    [("minmax", []), ("percentile", []), ("mse", ["relu"]), ("entropy", ["relu"])],
+)
+def test_another_grid_is_swept_for_where_the_range_depends_on_it(
+    model: Model,
+    pass_context: PassContext,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: Any,
+    again: list[str],
+) -> None:
+    swept: list[str] = []
+
+    def counted(model: Model, evaluator: Any, batches: Any, names: Any, *rest: Any) -> Any:
+        swept.extend(names)
+        return sweep_ranges(model, evaluator, batches, names, *rest)
+
+    monkeypatch.setattr("octavo.passes.calibrate.sweep_ranges", counted)
+    symmetric = TARGETS["tensorrt"]
+    assert symmetric.activation_grid.symmetric
+    cache = Cache(tmp_path)
+    found = []
+    for target in (pass_context.target, OPENVINO, symmetric):
+        swept.clear()
+        ctx = replace(asking(pass_context, feeds(3), "relu"), cache=cache, target=target)
+        found.append(calibrated(model, ctx, Calibrate(method=method))["relu"])
+        expected = {"tensorrt": again, "openvino": []}.get(target.name, ["relu"])
+        assert swept == expected
+    assert found[0] == found[1]
+    alone = replace(asking(pass_context, feeds(3), "relu"), target=symmetric)
+    assert found[2] == calibrated(model, alone, Calibrate(method=method))["relu"]

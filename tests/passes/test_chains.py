@@ -9,6 +9,7 @@ import pytest
 
 from octavo.backends.ort_target import ORT_CPU
 from octavo.ir.facts import Range, Ranges
+from octavo.ir.quant import QuantSpec
 from octavo.ir.read import read
 from octavo.passes.chains import Chain, coarse_logits, find_chains
 
@@ -121,13 +122,24 @@ _ATTENTION = """
     [softmax] p = Softmax (v) [mean] y = MatMul (p, w)"""
 
 
-@pytest.mark.parametrize(("lowest", "coarse"), [(-1e4, {"a": 39.2, "v": 39.2}), (-30.0, {})])
+@pytest.mark.parametrize(
+    ("grid", "lowest", "coarse"),
+    [
+        (QuantSpec("u8"), -1e4, {"a": 39.2, "v": 39.2}),
+        (QuantSpec("u8"), -100.0, {}),
+        (QuantSpec("u8"), -30.0, {}),
+        # Half of the codes are for scores above zero, of which there are few.
+        (QuantSpec("s8", symmetric=True), -1e4, {"a": 1e4 / 127, "v": 1e4 / 127}),
+        (QuantSpec("s8", symmetric=True), -100.0, {"a": 100 / 127, "v": 100 / 127}),
+        (QuantSpec("s8", symmetric=True), -30.0, {}),
+    ],
+)
 def test_a_softmax_is_not_told_its_inputs_in_coarse_steps(
-    lowest: float, coarse: dict[str, float]
+    grid: QuantSpec, lowest: float, coarse: dict[str, float]
 ) -> None:
     """Where a mask leaves scores one step, nothing between Add and Softmax is 8-bit."""
     chains = chains_of(_ATTENTION)
     ranges = Ranges({n: Range(lowest, 12.0, lowest, 12.0) for n in "xsavpy"}, "minmax", 1, "")
-    found = coarse_logits(chains, ranges)
+    found = coarse_logits(chains, ranges, grid)
     assert {"scores", "mask", "view", "softmax", "mean"} == set(chains)
     assert found == pytest.approx(coarse, rel=0.01)

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from octavo.ir.quant import PerTensor, QuantSpec, dequantize, params_for_range, quantize
-from octavo.passes.clipping import _divergence, choose_interval
+from octavo.passes.clipping import _divergence, choose_interval, depends_on_grid
 from octavo.passes.histogram import HALF_BINS, Histogram
 
 U8 = QuantSpec("u8", PerTensor())
+S8 = QuantSpec("s8", PerTensor(), symmetric=True)
 RNG = np.random.default_rng(3)
 DATA = {
     "normal": RNG.standard_normal(40_000),
@@ -29,8 +30,8 @@ def sample(name: str) -> np.ndarray:
     return DATA[name].astype(np.float32)
 
 
-def squared_error(values: np.ndarray, low: float, high: float) -> float:
-    params = params_for_range(U8, low, high)
+def squared_error(values: np.ndarray, low: float, high: float, grid: QuantSpec = U8) -> float:
+    params = params_for_range(grid, low, high)
     return float(np.square(dequantize(quantize(values, params), params) - values).mean())
 
 
@@ -43,6 +44,32 @@ def test_mse_is_near_the_best_of_an_exhaustive_search(name: str) -> None:
     best = min(squared_error(values, a, b) for a in lows for b in highs)
     chosen = squared_error(values, *choose_interval(Histogram.of(values), "mse", 0))
     assert chosen <= 1.05 * best
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_mse_on_a_symmetric_grid_is_near_the_best_of_an_exhaustive_search(name: str) -> None:
+    values = sample(name)
+    reach = float(np.abs(values).max())
+    best = min(squared_error(values, -m, m, S8) for m in reach * np.geomspace(1, 1 / 300, 200))
+    interval = choose_interval(Histogram.of(values), "mse", 0, S8)
+    assert squared_error(values, *interval, S8) <= 1.05 * best
+
+
+def test_one_sided_values_are_clipped_more_where_half_of_the_codes_are_idle() -> None:
+    histogram = Histogram.of(sample("after relu"))
+    (_, even), (low, high) = (choose_interval(histogram, "mse", 0, grid) for grid in (U8, S8))
+    assert low == 0
+    assert high < even
+
+
+def test_extremes_and_percentiles_know_no_grid() -> None:
+    histogram = Histogram.of(sample("shifted"))
+    for method in ("minmax", "percentile"):
+        assert not depends_on_grid(method)
+        on_both = [choose_interval(histogram, method, 99.9, grid) for grid in (U8, S8)]
+        assert on_both[0] == on_both[1]
+    assert depends_on_grid("mse")
+    assert depends_on_grid("entropy")
 
 
 @pytest.mark.parametrize("name", DATA)
@@ -76,7 +103,7 @@ def test_percentiles_equal_numpy_within_one_bin(name: str, percentile: float) ->
     assert max(least[1], 0) - histogram.width <= high <= max(most[1], 0) + histogram.width
 
 
-def literal_divergence(histogram: Histogram, low: float, high: float) -> float:
+def literal_divergence(histogram: Histogram, low: float, high: float, levels: int) -> float:
     """Migacz 2017, slide 38, bin by bin, over 4 merged bins at a time as `_divergence` does."""
     counts = histogram.counts.reshape(-1, 4).sum(axis=1).tolist()
     left = [i * 4 * histogram.width for i in range(-HALF_BINS // 4, HALF_BINS // 4)]
@@ -84,7 +111,7 @@ def literal_divergence(histogram: Histogram, low: float, high: float) -> float:
     p = [counts[i] for i in inside]
     groups: dict[int, list[int]] = {}
     for position in range(len(p)):
-        groups.setdefault(position * 256 // len(p), []).append(position)
+        groups.setdefault(position * levels // len(p), []).append(position)
     kept = sum(p)
     raw = list(p)
     p[0] += sum(counts[: inside[0]])
@@ -98,12 +125,23 @@ def literal_divergence(histogram: Histogram, low: float, high: float) -> float:
     return total
 
 
+@pytest.mark.parametrize("levels", [255, 256])
 @pytest.mark.parametrize("clip", [1.0, 0.6, 0.3])
-def test_divergence_equals_the_literal_computation(clip: float) -> None:
+def test_divergence_equals_the_literal_computation(clip: float, levels: int) -> None:
     histogram = Histogram.of(sample("heavy tails"))
     interval = histogram.low * clip, histogram.high * clip
-    expected = literal_divergence(histogram, *interval)
-    assert _divergence(histogram, *interval) == pytest.approx(expected, rel=1e-9)
+    expected = literal_divergence(histogram, *interval, levels)
+    assert _divergence(histogram, *interval, levels) == pytest.approx(expected, rel=1e-9)
+
+
+def test_entropy_on_a_symmetric_grid_counts_the_codes_that_are_idle() -> None:
+    histogram = Histogram.of(sample("negative"))
+    even, chosen = (-choose_interval(histogram, "entropy", 0, grid)[0] for grid in (U8, S8))
+    lost, *others = (
+        literal_divergence(histogram, -clip, clip, 255)
+        for clip in (chosen, even, chosen * 1.1, chosen / 1.1)
+    )
+    assert lost < min(others)
 
 
 @pytest.mark.parametrize("method", ["percentile", "entropy"])

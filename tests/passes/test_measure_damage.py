@@ -14,6 +14,7 @@ import pytest
 from onnx import numpy_helper
 
 from octavo.backends.ort_session import OrtEvaluator
+from octavo.backends.trt_target import TARGETS
 from octavo.ir.cache import Cache
 from octavo.ir.constants import constant_behind
 from octavo.ir.facts import Ranges
@@ -229,6 +230,25 @@ def test_calibrated_activations(case: Case) -> None:
         )
         rows = divergences(changed, truth, case.batches)
         same(case.found.by_value[name].mean, float(rows.mean()))
+
+
+@TINY
+def test_calibrated_activations_of_a_symmetric_target(case: Case, tmp_path: Path) -> None:
+    """Codes around zero with float16 scales, whatever another target left in the cache."""
+    cache = Cache(tmp_path / "cache")
+    measured(case, cache, counted())
+    own = replace(case, ctx=replace(case.ctx, target=TARGETS["tensorrt"]))
+    found = measured(own, cache, counted())
+    truth = references(case)
+    ranges = case.model.fact(Ranges).by_value
+    assert found.by_value
+    for name, damage in found.by_value.items():
+        scale = np.float16(max(-ranges[name].low, ranges[name].high) / 127)
+        numbers = {"scale": np.float32(scale), "zero": np.int8(0)}
+        changed = with_rounded_activations(
+            case.model, lambda node, value, name=name: value.name == name, numbers
+        )
+        same(damage.mean, float(divergences(changed, truth, case.batches).mean()))
 
 
 @pytest.mark.parametrize("case", ["qkv", "fashion_vit"], indirect=True)
