@@ -175,6 +175,7 @@ LOW_BIT_CASES = (
     ),
     _low_bits(
         "minilm", "12MB", "--size", "12MB",
+        "--pipeline", f"{preset('mixed')},recover{{seconds=180}}",
         bytes=12 * _MEGABYTE, score=0.325, outputs={"cosine": 0.98},
     ),
     _low_bits(
