@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
@@ -314,7 +313,7 @@ class _Job:
         proof = measured.backend.audit(best.artifact, self.feed, threads=threads)
         timing = measured.final_bench(best.artifact)
         self.progress("prove", 1, 1)
-        shown = tuple(islice(measured.outputs(best.artifact), _PROBES))
+        fidelity, shown = measured.proven(best.artifact, _PROBES)
         return Compiled(
             request=self.request,
             source=self.model,
@@ -324,7 +323,7 @@ class _Job:
             artifact=best.artifact,
             audit=proof,
             bench=timing,
-            fidelity=measured.fidelity(best.artifact),
+            fidelity=fidelity,
             probes=Probes(tuple(measured.probes[:_PROBES]), shown),
             notes=notes,
             calibration=self.ctx.calibration,

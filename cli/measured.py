@@ -78,15 +78,22 @@ class Measured:
         """How far the artifact's outputs are from the source's on the probes."""
         path = artifact.path
         if path not in self.compared:
-            self.compared[path] = compare(self.reference, self.outputs(artifact))
+            self.compared[path], _ = self.proven(artifact, 0)
             release_memory()
         return self.compared[path]
 
-    def outputs(self, artifact: Artifact) -> Iterator[Outputs]:
-        """What an artifact gives for one probe after another; nobody keeps them."""
+    def proven(self, artifact: Artifact, count: int) -> tuple[Fidelity, tuple[Outputs, ...]]:
+        """The fidelity of an artifact, and what it gives for the first `count` probes alone."""
         threads = self.request.threads
+        first: list[Outputs] = []
         session = self.backend.open(artifact.path, threads=threads)
-        return run_file(artifact.path, self.probes, threads=threads, session=session)
+
+        def each() -> Iterator[Outputs]:
+            for made in run_file(artifact.path, self.probes, threads=threads, session=session):
+                first.extend([made] if len(first) < count else [])
+                yield made
+
+        return compare(self.reference, each()), tuple(first)
 
     @cached_property
     def reference(self) -> tuple[Outputs, ...]:
