@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 DOMAIN = "octavo"
 OPTION = "octavo.option"
 _OPSET = 21
-# Specs that no form for blocks exists of.
 _ON_GRIDS = ("FakeQuant", "FakeQuantBlocks", "FakeQuantBinary", "FakeQuantFloat8")
+# Specs that no form for blocks exists of.
 _UNBLOCKED = {"s1": "FakeQuantBinary", "f8": "FakeQuantFloat8"}
 _SPEC = re.compile(
     r"([us]\d|f16|f8)/(?:(tensor)|axis(\d+)|block(\d+)@(\d+)(x)?)(?:#(\d))?(-)?(?:~(\d))?(h)?$"
