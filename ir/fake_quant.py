@@ -3,8 +3,8 @@
 `FakeQuant(x, scale, zero_point)` rounds `x` to its grid and returns floats; scale and zero point
 (float32) have a shape that broadcasts against `x`. `FakeQuantBlocks` does so per block of one
 axis, on `x` reshaped to `blocked_shape`. `FakeQuantBinary(x, scale, zero_point)` keeps only the
-sign, `FakeQuantFloat8(x, scale, zero_point)` rounds to float8 numbers, `FakeQuantHalf(x)` to what
-float16 holds. `FakeQuantDynamic(x)` finds u8 parameters at run
+sign; `FakeQuantFloat8`, `FakeQuantFloat4` and `FakeQuantFloat4Blocks` round to float8 and float4
+numbers, `FakeQuantHalf(x)` to what float16 holds. `FakeQuantDynamic(x)` finds u8 parameters at run
 time. `FakeQuantLevels(x, levels)` says that `x` holds levels (`ir/levels.py`) and changes
 nothing. All are also local functions of standard operators, so that the model always runs.
 """
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import onnx_ir
 
+from octavo.ir.fake_quant_functions import FUNCTIONS, function
 from octavo.ir.mapped import reading
 from octavo.ir.quant import (
     PerAxis,
@@ -37,89 +38,24 @@ if TYPE_CHECKING:
 
 DOMAIN = "octavo"
 OPTION = "octavo.option"
-_OPSET = 21
-_ON_GRIDS = ("FakeQuant", "FakeQuantBlocks", "FakeQuantBinary", "FakeQuantFloat8")
+# Operators of types with a rounding of their own; those in blocks end like `_BLOCKS`.
+_ROUNDINGS = {"s1": "FakeQuantBinary", "f8": "FakeQuantFloat8", "f4": "FakeQuantFloat4"}
+_BLOCKS = "Blocks"
 # Specs that no form for blocks exists of.
-_UNBLOCKED = {"s1": "FakeQuantBinary", "f8": "FakeQuantFloat8"}
+_UNBLOCKED = ("s1", "f8")
+_ON_GRIDS = ("FakeQuant", "FakeQuantBlocks", "FakeQuantFloat4Blocks", *_ROUNDINGS.values())
 _SPEC = re.compile(
-    r"([us]\d|f16|f8)/(?:(tensor)|axis(\d+)|block(\d+)@(\d+)(x)?)(?:#(\d))?(-)?(?:~(\d))?(h)?$"
+    r"([us]\d|f16|f8|f4)/(?:(tensor)|axis(\d+)|block(\d+)@(\d+)(x)?)(?:#(\d))?(-)?(?:~(\d))?(h)?$"
 )
-
-_BODIES = {
-    "FakeQuant": """
-        <opset_import: ["" : 21], domain: "octavo">
-        FakeQuant <qmin: float, qmax: float, spec: string> (x, scale, zero_point) => (y) {
-            low = Constant <value_float: float = @qmin> ()
-            high = Constant <value_float: float = @qmax> ()
-            divided = Div (x, scale)
-            rounded = Round (divided)
-            shifted = Add (rounded, zero_point)
-            clipped = Clip (shifted, low, high)
-            centred = Sub (clipped, zero_point)
-            y = Mul (centred, scale)
-        }""",
-    "FakeQuantBlocks": """
-        <opset_import: ["" : 21], domain: "octavo">
-        FakeQuantBlocks <qmin: float, qmax: float, spec: string>
-            (x, scale, zero_point, blocked_shape) => (y) {
-            low = Constant <value_float: float = @qmin> ()
-            high = Constant <value_float: float = @qmax> ()
-            shape = Shape (x)
-            blocks = Reshape (x, blocked_shape)
-            divided = Div (blocks, scale)
-            rounded = Round (divided)
-            shifted = Add (rounded, zero_point)
-            clipped = Clip (shifted, low, high)
-            centred = Sub (clipped, zero_point)
-            scaled = Mul (centred, scale)
-            y = Reshape (scaled, shape)
-        }""",
-    "FakeQuantBinary": """
-        <opset_import: ["" : 21], domain: "octavo">
-        FakeQuantBinary <qmin: float, qmax: float, spec: string> (x, scale, zero_point) => (y) {
-            zero = Constant <value_float: float = 0.0> ()
-            negative = Less (x, zero)
-            opposite = Neg (scale)
-            y = Where (negative, opposite, scale)
-        }""",
-    "FakeQuantFloat8": """
-        <opset_import: ["" : 21], domain: "octavo">
-        FakeQuantFloat8 <qmin: float, qmax: float, spec: string> (x, scale, zero_point) => (y) {
-            divided = Div (x, scale)
-            codes = Cast <to: int = 17> (divided)
-            real = Cast <to: int = 1> (codes)
-            y = Mul (real, scale)
-        }""",
-    "FakeQuantHalf": """
-        <opset_import: ["" : 21], domain: "octavo">
-        FakeQuantHalf <spec: string> (x) => (y) {
-            low = Constant <value_float: float = -65504.0> ()
-            high = Constant <value_float: float = 65504.0> ()
-            clipped = Clip (x, low, high)
-            half = Cast <to: int = 10> (clipped)
-            y = Cast <to: int = 1> (half)
-        }""",
-    "FakeQuantLevels": """
-        <opset_import: ["" : 21], domain: "octavo">
-        FakeQuantLevels <axis: int, bits: int> (x, levels) => (y) {
-            y = Identity (x)
-        }""",
-    "FakeQuantDynamic": """
-        <opset_import: ["" : 21], domain: "octavo">
-        FakeQuantDynamic (x) => (y) {
-            codes, scale, zero_point = DynamicQuantizeLinear (x)
-            y = DequantizeLinear (codes, scale, zero_point)
-        }""",
-}
 
 
 def declare_functions(model: onnx_ir.Model) -> None:
     """Add the local functions that the model's octavo nodes need, and remove the others."""
     used = {node.op_type for node in model.graph.all_nodes() if node.domain == DOMAIN}
-    for name in _BODIES:
+    for name in FUNCTIONS:
         model.functions.pop((DOMAIN, name, ""), None)
         if name in used:
-            model.functions[DOMAIN, name, ""] = _function(name)
+            model.functions[DOMAIN, name, ""] = function(name)
     if used:
         model.opset_imports[DOMAIN] = 1
     else:
@@ -138,17 +74,18 @@ def fake_quant_node(
         return _half_node(value, params.spec, name)
     shape = _dims(value)
     blocked = _blocked_shape(params.spec, shape)
+    op_type = _ROUNDINGS.get(params.spec.dtype, "FakeQuant")
     if blocked is None:
         whole = _is_whole(params.spec, shape)
         numbers = params.scale, params.zero_point
         scale, zero = numbers if whole else broadcast_params(params, shape)
-        extra, op_type = [], _UNBLOCKED.get(params.spec.dtype, "FakeQuant")
+        extra = []
     else:
         axis = blocked[0]
         scale = np.expand_dims(params.scale, axis + 1)
         zero = np.expand_dims(params.zero_point, axis + 1)
         extra = [constant(constants, f"{name}_blocks", np.array(blocked[1], np.int64))]
-        op_type = "FakeQuantBlocks"
+        op_type += _BLOCKS
     scale_value = constant(constants, f"{name}_scale", scale.astype(np.float32))
     zero_value = constant(constants, f"{name}_zero_point", zero.astype(np.float32))
     attributes: dict[str, float | str] = {
@@ -198,7 +135,7 @@ def set_rounded(
 
 def _stored(rounded: NDArray[np.float32], params: QuantParams, name: str) -> onnx_ir.TensorProtocol:
     """Numbers of a grid as its codes, which take a quarter of their memory; others as they are."""
-    if params.spec.floating:
+    if params.spec.half:
         return onnx_ir.Tensor(rounded, name=name)
     codes = quantize(rounded, params)
     if not np.array_equal(dequantize(codes, params), rounded):
@@ -262,7 +199,7 @@ def params_of(node: onnx_ir.Node) -> QuantParams:
             shape: tuple[int, ...] = ()
         case PerAxis(_):
             shape = (scale.size,)
-        case PerBlock(axis, _) if node.op_type == "FakeQuantBlocks":
+        case PerBlock(axis, _) if node.op_type.endswith(_BLOCKS):
             shape = (*scale.shape[: axis + 1], *scale.shape[axis + 2 :])
         case PerBlock(axis, size):
             first = (*[slice(None)] * axis, slice(None, None, size))
@@ -351,9 +288,3 @@ def _array(value: onnx_ir.Value | None) -> NDArray[np.float32]:
     assert value is not None
     assert value.const_value is not None
     return value.const_value.numpy().astype(np.float32)
-
-
-def _function(name: str) -> onnx_ir.Function:
-    import onnx.parser
-
-    return onnx_ir.serde.deserialize_function(onnx.parser.parse_function(_BODIES[name]))

@@ -13,13 +13,14 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
+from octavo.ir import float4
 from octavo.ir.errors import UsageError
 from octavo.ir.multiples import block_axes, most_multiple, whole_multiples
 
 Entry = TypeVar("Entry", bound=np.generic)
-Codes = NDArray[np.int8 | np.uint8 | np.float16 | ml_dtypes.float8_e4m3fn]
+Codes = NDArray[np.int8 | np.uint8 | np.float16 | ml_dtypes.float8_e4m3fn | ml_dtypes.float4_e2m1fn]
 QuantType = Literal[
-    "u8", "s8", "u4", "s4", "u2", "s2", "s7", "s6", "s5", "s3", "s1", "f16", "f8"
+    "u8", "s8", "u4", "s4", "u2", "s2", "s7", "s6", "s5", "s3", "s1", "f16", "f8", "f4"
 ]  # fmt: skip
 _NATIVE_BITS = (2, 4, 8)
 _LARGEST_HALF = float(np.finfo(np.float16).max)
@@ -73,7 +74,8 @@ class QuantSpec:
     A symmetric signed grid leaves its lowest code unused. `used_bits` restricts the codes to
     fewer bits than the type has (7-bit weights where the kernel would saturate). `s1` is binary:
     the codes are -1 and 1, and there is no zero. `f16` keeps numbers, rounded to float16. The codes
-    of `f8` are float8 numbers (E4M3FN, up to 448), whose steps grow with their size.
+    of `f8` are float8 numbers (E4M3FN, up to 448), whose steps grow with their size, those of `f4`
+    float4 numbers (E2M1, up to 6), whose scales are stored as float8 (`ir/float4.py`).
 
     `half_scales` says that every scale is a float16 number, and stored as one. `index_bits` says
     that a tensor has at most `2**index_bits` different codes, and is stored as indices into a
@@ -110,16 +112,18 @@ class QuantSpec:
         return self.dtype == "f8"
 
     @property
+    def float4(self) -> bool:
+        return self.dtype == "f4"
+
+    @property
     def floating(self) -> bool:
         """Whether the codes are floating-point numbers: no even grid."""
         return self.dtype[0] == "f"
 
     @property
     def qmin(self) -> int:
-        if self.half:
-            return -int(_LARGEST_HALF)
-        if self.float8:
-            return -_LARGEST_FLOAT8
+        if self.floating:
+            return -self.qmax
         if self.binary:
             return -1
         return -(1 << ((self.used_bits or self.bits) - 1)) + self.symmetric if self.signed else 0
@@ -128,8 +132,8 @@ class QuantSpec:
     def qmax(self) -> int:
         if self.half:
             return int(_LARGEST_HALF)
-        if self.float8:
-            return _LARGEST_FLOAT8
+        if self.floating:
+            return float4.LARGEST if self.float4 else _LARGEST_FLOAT8
         if self.binary:
             return 1
         bits = self.used_bits or self.bits
@@ -140,8 +144,8 @@ class QuantSpec:
         """The type of that many bits, or of 8 where ONNX has none: kernels multiply bytes."""
         if self.half:
             return onnx_ir.DataType.FLOAT16
-        if self.float8:
-            return onnx_ir.DataType.FLOAT8E4M3FN
+        if self.floating:
+            return onnx_ir.DataType.FLOAT4E2M1 if self.float4 else onnx_ir.DataType.FLOAT8E4M3FN
         bits = self.bits if self.bits in _NATIVE_BITS else 8
         return onnx_ir.DataType[("INT" if self.signed else "UINT") + str(bits)]
 
@@ -179,7 +183,7 @@ class QuantParams:
     """A spec with its numbers; `scale` and `zero_point` have the shape the granularity gives.
 
     Scales of a spec with `half_scales` are rounded to the nearest positive float16, those of one
-    with `multiples` to the nearest multiples of a channel's scale.
+    with `multiples` to the nearest multiples of a channel's scale, those of float4 codes to float8.
     """
 
     spec: QuantSpec
@@ -199,6 +203,8 @@ class QuantParams:
             most = most_multiple(self.spec.bits, self.spec.symmetric)
             scale = whole_multiples(self.scale, axes, most)
             object.__setattr__(self, "scale", scale)
+        elif self.spec.float4:
+            object.__setattr__(self, "scale", float4.stored_scales(self.scale))
         elif self.spec.half_scales:
             bounded = np.clip(self.scale, _LEAST_HALF, np.float32(_LARGEST_HALF))
             object.__setattr__(self, "scale", bounded.astype(np.float16).astype(np.float32))
@@ -239,7 +245,9 @@ def params_for_weight(weight: NDArray[np.floating], spec: QuantSpec) -> QuantPar
     even = spec.signed and (spec.symmetric or not spec.multiples)
     reach = np.maximum(high, -low) if even else high - low
     scale = np.asarray(reach / (spec.qmax - (0 if even else spec.qmin)), np.float32)
-    scale = np.where(scale <= np.finfo(np.float32).tiny, np.float32(1), scale)
+    # A block of zeros may have any scale, but one that the others lose nothing by.
+    largest = scale.max(initial=0.0) if spec.float4 else 1.0
+    scale = np.where(scale <= np.finfo(np.float32).tiny, np.float32(largest or 1.0), scale)
     found = QuantParams(spec, scale, np.zeros(scale.shape, np.int32))
     if even:
         return found
@@ -318,9 +326,9 @@ def quantize(real: NDArray[np.floating], params: QuantParams) -> Codes:
         return np.where(real < 0, np.int8(-1), np.int8(1))
     scale, zero = broadcast_params(params, real.shape)
     codes = np.asarray(np.divide(real, scale, dtype=np.float32))
-    if params.spec.float8:
+    if params.spec.floating:
         np.clip(codes, params.spec.qmin, params.spec.qmax, out=codes)
-        return codes.astype(ml_dtypes.float8_e4m3fn)
+        return codes.astype(params.spec.onnx_type.numpy())
     np.rint(codes, out=codes)
     codes += zero.astype(np.float32)
     np.clip(codes, params.spec.qmin, params.spec.qmax, out=codes)
@@ -332,7 +340,7 @@ def dequantize(codes: NDArray[np.number], params: QuantParams) -> NDArray[np.flo
     if params.spec.half:
         return codes.astype(np.float32)
     scale, zero = broadcast_params(params, codes.shape)
-    if params.spec.float8:
+    if params.spec.floating:
         return np.asarray(codes.astype(np.float32) * scale, np.float32)
     return ((codes.astype(np.int32) - zero).astype(np.float32) * scale).astype(np.float32)
 

@@ -137,6 +137,30 @@ def fake_quant_float8(
     return (real + (rounded - real).detach()) * scale
 
 
+def fake_quant_float4(
+    x: Tensor, scale: Tensor, zero_point: Tensor, *, qmin: float, qmax: float, spec: str
+) -> Tensor:
+    """FakeQuantFloat4: to the nearest float4 number."""
+    real = (x / scale).clamp(qmin, qmax)
+    return (real + (_to_float4(real) - real).detach()) * scale
+
+
+def fake_quant_float4_blocks(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    blocked_shape: Tensor,
+    *,
+    qmin: float,
+    qmax: float,
+    spec: str,
+) -> Tensor:
+    """FakeQuantFloat4Blocks: FakeQuantFloat4 of x in `blocked_shape`."""
+    blocks = x.reshape(blocked_shape.tolist())
+    found = fake_quant_float4(blocks, scale, zero_point, qmin=qmin, qmax=qmax, spec=spec)
+    return found.reshape(x.shape)
+
+
 def fake_quant_levels(x: Tensor, levels: Tensor, *, axis: int, bits: int) -> Tensor:
     """FakeQuantLevels: x holds levels."""
     return x
@@ -206,6 +230,8 @@ OCTAVO: dict[str, Callable[..., Any]] = {
     "FakeQuant": fake_quant,
     "FakeQuantBlocks": fake_quant_blocks,
     "FakeQuantDynamic": fake_quant_dynamic,
+    "FakeQuantFloat4": fake_quant_float4,
+    "FakeQuantFloat4Blocks": fake_quant_float4_blocks,
     "FakeQuantFloat8": fake_quant_float8,
     "FakeQuantLevels": fake_quant_levels,
 }

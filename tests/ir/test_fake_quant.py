@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, get_args
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx.numpy_helper
@@ -28,6 +29,7 @@ from octavo.ir.fake_quant import (
     set_rounded,
     spec_text,
 )
+from octavo.ir.float4 import stored_parts
 from octavo.ir.quant import (
     Granularity,
     PerAxis,
@@ -118,7 +120,7 @@ def test_runtimes_round_as_the_reference_does(
     rng = np.random.default_rng(1)
     scale = np.array(rng.choice([0.5, 0.37, 0.05], shape), np.float32)
     zero = np.array(rng.integers(spec.qmin, spec.qmax + 1, shape))
-    params = QuantParams(spec, scale, (zero * (dtype not in ("s1", "f8"))).astype(np.int32))
+    params = QuantParams(spec, scale, (zero * (dtype not in ("s1", "f8", "f4"))).astype(np.int32))
     proto, _ = _fake(params)
     expected = dequantize(quantize(_drawn(), params), params)
     np.testing.assert_allclose(run(proto, _drawn()), expected, rtol=RELATIVE, atol=0)
@@ -140,6 +142,36 @@ def test_float8_codes_are_the_nearest_of_all_that_the_bits_mean() -> None:
     expected = np.concatenate((numbers, even, numbers[1:], -numbers, [448, -448])) / 2
     found = dequantize(quantize(real.astype(np.float32), params), params)
     np.testing.assert_array_equal(found, expected.astype(np.float32))
+
+
+def test_float4_codes_are_the_nearest_of_all_that_the_bits_mean() -> None:
+    """Two bits of exponent with a bias of 1, one bit of mantissa (OCP Microscaling 1.0, 5.3.3)."""
+    numbers = np.array([
+        (1 + m / 2) * 2.0 ** (e - 1) if e else m / 2 for e, m in itertools.product(range(4), (0, 1))
+    ])  # fmt: skip
+    ties = (numbers[1:] + numbers[:-1]) / 2
+    params = QuantParams(QuantSpec("f4"), np.array(0.5, np.float32), np.array(0, np.int32))
+    even = np.where(np.arange(ties.size) % 2, numbers[1:], numbers[:-1])
+    past = np.nextafter(ties.astype(np.float32), np.float32(np.inf))
+    real = np.concatenate((numbers, ties, past, -numbers, [1e6, -np.inf])) / 2
+    expected = np.concatenate((numbers, even, numbers[1:], -numbers, [6, -6])) / 2
+    found = dequantize(quantize(real.astype(np.float32), params), params)
+    np.testing.assert_array_equal(found, expected.astype(np.float32))
+
+
+def test_scales_of_float4_blocks_are_float8_numbers_times_one_power_of_two() -> None:
+    rng = np.random.default_rng(3)
+    given = np.exp2(rng.uniform(-12, 0, (8, 5))).astype(np.float32) * np.float32(0.0123)
+    spec = QuantSpec("f4", PerBlock(0, 16), symmetric=True)
+    scale = QuantParams(spec, given, np.zeros(given.shape, np.int32)).scale
+    codes, unit = stored_parts(scale)
+    assert float(unit).hex().startswith("0x1.0000000000000p")
+    assert codes.dtype == ml_dtypes.float8_e4m3fn
+    np.testing.assert_array_equal(codes.astype(np.float32) * unit, scale)
+    # Four significant bits, where float8 is not at its end.
+    np.testing.assert_allclose(scale, given, rtol=2**-4)
+    again = QuantParams(spec, scale, np.zeros(given.shape, np.int32)).scale
+    np.testing.assert_array_equal(again, scale)
 
 
 def test_half_scales_are_float16_numbers_and_positive() -> None:
@@ -166,7 +198,7 @@ def test_the_dynamic_form_finds_its_parameters(run: Run) -> None:
     np.testing.assert_allclose(run(proto, x), expected, rtol=RELATIVE, atol=0)
 
 
-@pytest.mark.parametrize("dtype", ["s8", "s3", "s1", "f8"])
+@pytest.mark.parametrize("dtype", ["s8", "s3", "s1", "f8", "f4"])
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
 def test_a_node_gives_its_parameters_back(granularity: Granularity, dtype: QuantType) -> None:
     spec = QuantSpec(dtype, granularity, symmetric=True)
@@ -245,6 +277,8 @@ def test_what_is_no_spec_is_refused(text: str) -> None:
         QuantSpec("u4", PerBlock(0, 8), half_scales=True),
         QuantSpec("s3", PerBlock(0, 8), multiples=True, half_scales=True),
         QuantSpec("s1", PerAxis(1), symmetric=True),
+        QuantSpec("f8", PerAxis(1), symmetric=True),
+        QuantSpec("f4", PerBlock(0, 16), symmetric=True),
         QuantSpec("s8", symmetric=True),
     ],
     ids=str,
@@ -264,8 +298,12 @@ def test_folded_constants_are_what_a_runtime_computes(spec: QuantSpec) -> None:
     assert next(node.op_type for node in model.graph).startswith("FakeQuant")
 
 
-def test_rounded_numbers_are_kept_as_codes_and_others_as_they_are() -> None:
-    spec = QuantSpec("s4", PerAxis(1), symmetric=True)
+@pytest.mark.parametrize(
+    "spec",
+    [QuantSpec("s4", PerAxis(1), symmetric=True), QuantSpec("f4", PerBlock(0, 16), symmetric=True)],
+    ids=str,
+)
+def test_rounded_numbers_are_kept_as_codes_and_others_as_they_are(spec: QuantSpec) -> None:
     weight = np.random.default_rng(0).standard_normal((32, 6)).astype(np.float32)
     model = _weighted(weight, spec)
     (fake,) = model.graph

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 DTYPES = tuple(d for d in get_args(QuantType) if d != "f16")
 # Types that ONNX has, and types with a grid around zero.
 NATIVE = [dtype for dtype in DTYPES if dtype[1:] in ("2", "4", "8")]
-GRIDS = [dtype for dtype in DTYPES if dtype not in ("s1", "f8")]
+GRIDS = [dtype for dtype in DTYPES if dtype not in ("s1", "f8", "f4")]
 SIGNED = [dtype for dtype in DTYPES if dtype[0] == "s"]
 SHAPE = (4, 6, 2)
 GRANULARITIES: tuple[tuple[Granularity, tuple[int, ...]], ...] = (
@@ -60,7 +60,7 @@ def _params(dtype: QuantType, granularity: Granularity, shape: tuple[int, ...]) 
 
 
 def _onnx(op_type: str, params: QuantParams, x: NDArray[np.generic]) -> NDArray[np.generic]:
-    """What QuantizeLinear or DequantizeLinear of opset 21 makes of `x`."""
+    """What QuantizeLinear or DequantizeLinear makes of `x`, of opset 23 that knows float4."""
     spec = params.spec
     codes = onnx.TensorProto.DataType.Name(spec.onnx_type.value).lower()
     given = "float" if op_type == "QuantizeLinear" else codes
@@ -72,7 +72,7 @@ def _onnx(op_type: str, params: QuantParams, x: NDArray[np.generic]) -> NDArray[
             attributes = f"<axis: int = {axis}>"
         case PerBlock(axis, size):
             attributes = f"<axis: int = {axis}, block_size: int = {size}>"
-    text = f"""<ir_version: 10, opset_import: ["" : 21]>
+    text = f"""<ir_version: 11, opset_import: ["" : 23]>
         g ({given} x, float scale, {codes} zero) => ({made} y)
         {{ y = {op_type} {attributes} (x, scale, zero) }}"""
     zero = params.zero_point.astype(spec.onnx_type.numpy())

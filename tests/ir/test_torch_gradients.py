@@ -19,7 +19,7 @@ import octavo.models
 from octavo.ir.errors import ModelError
 from octavo.ir.fake_quant import declare_functions, fake_quant_node
 from octavo.ir.model import Model, Source
-from octavo.ir.quant import QuantParams, QuantSpec
+from octavo.ir.quant import QuantParams, QuantSpec, QuantType
 from octavo.ir.read import read
 from octavo.ir.torch_module import TorchGraph, differentiable
 from octavo.ir.torch_values import as_torch
@@ -195,6 +195,16 @@ def test_fake_quant_passes_gradients_inside_its_range() -> None:
     expected = ((codes >= -128) & (codes <= 127)).float()
     torch.testing.assert_close(gradient, expected, rtol=0, atol=0)
     assert set(expected.tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [("f8", 448.0), ("f4", 6.0)])
+def test_floating_codes_pass_gradients_inside_their_range(dtype: QuantType, largest: float) -> None:
+    params = QuantParams(QuantSpec(dtype), np.array(0.5, np.float32), np.array(0, np.int32))
+    reach = largest / 2
+    x = torch.tensor([-2 * reach, -0.9 * reach, -0.3, 0.0, 1.1, reach + 1], requires_grad=True)
+    found = differentiable(_fake(params, len(x))).run({"x": x})["y"]
+    (gradient,) = torch.autograd.grad(found.sum(), x)
+    assert gradient.tolist() == [0.0, 1.0, 1.0, 1.0, 1.0, 0.0]
 
 
 def _fake(params: Any, size: int) -> Model:

@@ -236,7 +236,15 @@ def test_an_operator_without_a_torch_form_names_itself_and_who_can_do_without() 
 
 @pytest.mark.parametrize(
     "spec",
-    [QuantSpec("s8", PerAxis(1), symmetric=True), QuantSpec("u4"), QuantSpec("s4", PerBlock(0, 2))],
+    [
+        QuantSpec("s8", PerAxis(1), symmetric=True),
+        QuantSpec("u4"),
+        QuantSpec("s4", PerBlock(0, 2)),
+        QuantSpec("f8"),
+        QuantSpec("f8", PerAxis(1), symmetric=True),
+        QuantSpec("f4"),
+        QuantSpec("f4", PerBlock(0, 2), symmetric=True),
+    ],
     ids=str,
 )
 def test_fake_quant_rounds_as_the_reference_does(spec: QuantSpec) -> None:
