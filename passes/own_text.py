@@ -29,7 +29,7 @@ class OwnText:
     """Texts of `length` tokens: a random word, then greedy for a few, then by the model's chances.
 
     The exported graph runs on all tokens so far, or on the last one where it has a cache. The
-    first output is read as logits, `[B, T, tokens]`.
+    first output of `run` is read as logits, `[B, T, tokens]`, the last position behind all tokens.
     """
 
     inputs: TokenInputs
@@ -113,7 +113,7 @@ class _Writer:
             present = [array for array in rest if array.ndim >= 3][: len(pasts)]
             self.cache = dict(zip(pasts, present, strict=True))
             self.known = ids.shape[1]
-        found = logits[:, new.shape[1] - 1]
+        found = logits[:, new.shape[1] - 1 if self.inputs.fixed_length else -1]
         self.require_finite(found)
         return found
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
 from octavo.ir.errors import UsageError
 from octavo.ir.synthetic import Synthetic
 from octavo.ir.vocabulary import Vocabulary
+from octavo.passes.last_logits import last_logits
 from octavo.passes.own_text import OwnText, empty_feed, is_causal, text_logits
 from octavo.passes.token_feeds import TokenFeeds
 
@@ -48,7 +47,7 @@ class TextSynthesis:
         writes = text_logits(self.inputs, run(empty_feed(self.inputs, feeds.words[:8])))
         causal = writes and is_causal(self.inputs, run, feeds.words, rng)
         if causal:
-            return self._written(feeds, run)
+            return self._written(feeds)
         return self._random(feeds, run if writes and vocabulary.mask is not None else None)
 
     def _vocabulary(self) -> Vocabulary:
@@ -77,27 +76,28 @@ class TextSynthesis:
             self.ctx.progress("synthesize", group + 1, _GROUPS)
         return Synthetic(tuple(feeds), "sampled-text", tuple(groups), notes=self._notes())
 
-    def _written(self, tokens: TokenFeeds, run: Run) -> Synthetic:
-        feeds: list[Feed] = []
-        groups: list[int] = []
-        late, begin = False, tokens.vocabulary.begin
+    def _written(self, tokens: TokenFeeds) -> Synthetic:
+        """Both groups are written at the same time."""
+        begin, fixed = tokens.vocabulary.begin, self.inputs.fixed_length
+        run: Run = self.ctx.evaluator.load(
+            self.inputs.model if fixed else last_logits(self.inputs.model)
+        )
         own = OwnText(self.inputs, tokens.words, begin, self.how.length, run)
-        deadline = time.monotonic() + self.how.seconds
-        for group in range(_GROUPS):
-            left = (deadline - time.monotonic()) / (_GROUPS - group)
-            count = -(-self.how.samples // _GROUPS)
+        count, tokens_of = -(-self.how.samples // _GROUPS), [0] * _GROUPS
+
+        def write(group: int) -> tuple[list[Feed], bool]:
+            def report(done: int, total: int) -> None:
+                tokens_of[group] = done
+                self.ctx.progress("synthesize", sum(tokens_of), _GROUPS * total)
+
             rng = self.ctx.rng(f"synthesis {group}")
-            made, cut = own.write(count, rng, left, self._progress(group))
-            feeds += made
-            groups += [group] * len(made)
-            late = late or cut
+            return own.write(count, rng, self.how.seconds, report)
+
+        written = list(self.ctx.executor.map(write, range(_GROUPS)))
+        feeds = [feed for made, _ in written for feed in made]
+        groups = tuple(at for at, (made, _) in enumerate(written) for _ in made)
         texts = sum(len(feed[self.inputs.ids]) for feed in feeds)
+        late = any(cut for _, cut in written)
         cut_note = (f"the clock ended the writing after {texts} texts",) if late else ()
         notes = (*self._notes(), *cut_note)
-        return Synthetic(tuple(feeds), "generated-text", tuple(groups), notes=notes)
-
-    def _progress(self, group: int) -> Callable[[int, int], None]:
-        def report(done: int, total: int) -> None:
-            self.ctx.progress("synthesize", group * total + done, _GROUPS * total)
-
-        return report
+        return Synthetic(tuple(feeds), "generated-text", groups, notes=notes)

@@ -16,6 +16,7 @@ from octavo.ir.read import read
 from octavo.ir.synthetic import Synthetic
 from octavo.ir.vocabulary import Vocabulary, read_vocabulary
 from octavo.passes.input_laws import InputLaw
+from octavo.passes.last_logits import last_logits
 from octavo.passes.pipeline import Pipeline
 from octavo.passes.synthesis import Synthesis
 from octavo.passes.token_inputs import TokenInputs
@@ -50,6 +51,17 @@ DECODER = """
 <ir_version: 10, opset_import: ["" : 21]>
 decoder (int64[N, T] input_ids) => (float[N, T, 24] logits)
 <float[24, 24] next = {0}> { logits = Gather (next, input_ids) }
+"""
+HEADED = """
+<ir_version: 10, opset_import: ["" : 21]>
+headed (int64[N, T] input_ids) => (float[N, T, 24] logits, float[N, T, 4] hidden)
+<float[24, 4] table = {0}, float[4, 24] head = {0}, float[24] bias = {0}> {
+    e = Gather (table, input_ids)
+    hidden = Identity (e)
+    d = MatMul (e, head)
+    b = Add (bias, d)
+    logits = Tanh (b)
+}
 """
 # What a token says of its place depends on all others, a little.
 MASKED = """
@@ -202,6 +214,42 @@ def test_a_decoder_writes_what_its_logits_say(pass_context: PassContext) -> None
     assert ids.shape == (32, 12)
     np.testing.assert_array_equal(np.diff(ids, axis=1) % ROWS, 3)
     assert len(set(ids[:, 0].tolist())) > 5
+
+
+def test_a_decoder_with_a_head_writes_as_the_whole_model_would(pass_context: PassContext) -> None:
+    """Logits of all positions are known to numpy here; the model gives those of the last alone."""
+    rng = np.random.default_rng(0)
+    table, head, bias = (rng.standard_normal(s) for s in ((ROWS, 4), (4, ROWS), (ROWS,)))
+    model = _model(HEADED, table=table, head=head, bias=bias)
+    last = last_logits(model)
+    ids = rng.integers(0, ROWS, (2, 7))
+    run, whole = (pass_context.evaluator.load(each) for each in (last, model))
+    found, expected = run({"input_ids": ids}), whole({"input_ids": ids})
+    by_hand = np.tanh(table[ids[:, -1:]] @ head + bias)
+    np.testing.assert_allclose(found["logits"], by_hand, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(found["hidden"], expected["hidden"])
+    gathers = [node for node in last.graph if node.op_type == "Gather"]
+    assert gathers[-1].outputs[0].uses()[0].node.op_type == "MatMul"
+    data = HOW.run(model, pass_context)
+    assert (data.origin, data.samples) == ("generated-text", 32)
+    for feed in data.feeds:
+        logits = np.tanh(table[feed["input_ids"]] @ head + bias)
+        greedy = logits.argmax(-1)
+        np.testing.assert_array_equal(feed["input_ids"][:, 1:5], greedy[:, :4])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("d = MatMul (e, head)", "x = Softmax <axis = 1> (e)\n d = MatMul (x, x)"),
+        ("hidden = Identity (e)", "hidden = Identity (d)"),
+    ],
+)
+def test_only_products_with_a_head_are_cut(old: str, new: str) -> None:
+    """Products of two activations, and values that are read elsewhere, stay whole."""
+    text = HEADED.replace(old, new)
+    model = _model(text)
+    assert last_logits(model) is model
 
 
 def test_a_cache_is_carried_from_step_to_step(pass_context: PassContext) -> None:
