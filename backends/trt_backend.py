@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, final
 from octavo.backends import ort_session, trt_check, trt_engine, trt_lowering
 from octavo.backends.fidelity import compare
 from octavo.backends.trt_commands import profiles
+from octavo.backends.trt_float4 import runnable
 from octavo.backends.trt_layers import audit_of
 from octavo.ir.artifact import Audit, AuditRow
 from octavo.ir.errors import UsageError
@@ -49,7 +50,8 @@ class TensorRtBackend:
         Without one kernels are not seen: the audit says so.
         """
         if trt_engine.version() is not None:
-            return _device_audit(artifact, feed, threads)
+            session = self.open(artifact.path, threads=threads)
+            return _device_audit(artifact, feed, session)
         found = self.check(artifact.path)
         errors = [finding for finding in found.findings if finding.error]
         by_node = {finding.node: finding for finding in errors}
@@ -66,9 +68,10 @@ class TensorRtBackend:
         """A session that computes what the file says, on the CPU.
 
         Without the runtime's rewrites: its WeightBiasQuantization changes what float biases beside
-        quantized weights of float16 give.
+        quantized weights of float16 give. Float4 weights are given as the numbers they stand for.
         """
-        return ort_session.make_session(path, threads=threads, config=config, optimization="none")
+        model = runnable(path)
+        return ort_session.make_session(model, threads=threads, config=config, optimization="none")
 
     def latencies(self, source: Path, artifact: Artifact, feed: Feed, *, threads: int) -> Latencies:
         """Raises UsageError: there is no device here."""
@@ -99,13 +102,11 @@ class TensorRtBackend:
         return UsageError(message, hint="build on the device, with build_engine.sh")
 
 
-def _device_audit(artifact: Artifact, feed: Feed, threads: int) -> Audit:
+def _device_audit(artifact: Artifact, feed: Feed, session: Session) -> Audit:
     """Build, look inside, run: types of the layers, latency, distance from the same on the CPU."""
     engine = trt_engine.build(artifact.path, profiles(read(artifact.path)))
     outputs, seconds = engine.run(feed)
-    session = ort_session.make_session(artifact.path, threads=threads, optimization="none")
-    expected = session.run(feed)
-    distance = compare([expected], [outputs])
+    distance = compare([session.run(feed)], [outputs])
     described = (
         f"TensorRT {trt_engine.version()}: {seconds * 1e3:.3f} ms, relative error "
         f"{distance.relative_error:.4f} against the same file on the CPU"

@@ -155,11 +155,22 @@ def _redirect(uses: Iterable[_Use], value: onnx_ir.Value) -> None:
 def _may_be_half(node: onnx_ir.Node, beyond: set[str]) -> bool:
     if node.op_type in _WIDE or node.op_type in _TYPED or node.domain not in ("", "ai.onnx"):
         return False
+    if _dequantizes_float4(node):
+        return False
     values = [v for v in (*node.inputs, *node.outputs) if v is not None]
     floats = [v for v in values if v.dtype == onnx_ir.DataType.FLOAT]
     if not floats or any(v.name in beyond for v in floats):
         return False
     return all(v.const_value is None or reading(v.const_value, _fits) for v in floats)
+
+
+def _dequantizes_float4(node: onnx_ir.Node) -> bool:
+    """Whether a node makes a weight of float4 codes, or their scales: float16 is short for both."""
+    if node.op_type != "DequantizeLinear":
+        return False
+    readers = [use.node for use in node.outputs[0].uses() if use.idx == 1]
+    codes = (reader.inputs[0] for reader in (node, *readers))
+    return any(v is not None and v.dtype == onnx_ir.DataType.FLOAT4E2M1 for v in codes)
 
 
 def _fits(array: NDArray[np.float32]) -> bool:

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 _ORIGIN = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 _FORMAT = "Format/Datatype"
-_INT8, _FP8, _INT4 = "Int8", "FP8", "Int4"
+_INT8, _FP8, _INT4, _FP4 = "Int8", "FP8", "Int4", "FP4"
+_READS = {"static": _INT8, "float8": _FP8, "float4": _FP4, "weight-only": _INT4}
 
 
 @final
@@ -58,13 +59,11 @@ def audit_of(layers: Sequence[Layer], planned: Sequence[PlannedNode], environmen
 
 def _row(layers: Sequence[Layer], node: PlannedNode) -> AuditRow:
     own = [layer for layer in layers if node.node in layer.nodes]
-    wanted = {"static": (_INT8, _FP8), "weight-only": (_INT4,)}.get(
-        node.option.partition(":")[0], ()
-    )
+    wanted = _READS.get(node.option.partition(":")[0], "")
     reason = ""
     if wanted and not own:
         reason = "no layer of the engine names it"
-    elif wanted and not any(layer.computes(t) for layer in own for t in wanted):
+    elif wanted and not any(layer.computes(wanted) for layer in own):
         types = ", ".join(dict.fromkeys(text for layer in own for text in layer.reads))
         reason = f"its layer reads {types or 'nothing that has a type'}"
     kernel = own[0].kernel if own else "merged"

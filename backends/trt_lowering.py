@@ -21,6 +21,7 @@ from octavo.ir.artifact import Artifact, PlannedNode
 from octavo.ir.errors import UsageError
 from octavo.ir.facts import Choice, Placement, Plan, Ranges
 from octavo.ir.fake_quant import DOMAIN, OPTION, constant, declare_functions, params_of
+from octavo.ir.float4 import stored_parts
 from octavo.ir.mapped import reading
 from octavo.ir.model import PROVENANCE, Model
 from octavo.ir.quant import PerAxis, PerBlock, quantize
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from octavo.ir.quant import QuantParams
     from octavo.ir.target import KernelRow, Target
 
+# The first that has float4 numbers.
+_FLOAT4_OPSET = 23
 _NOTES = (OPTION, PROVENANCE, "pkg.onnxscript.optimizer.folded_from")
 
 
@@ -114,16 +117,30 @@ def _quantized_constant(graph: onnx_ir.Graph, fake: onnx_ir.Node) -> None:
     codes = reading(tensor, lambda array: quantize(array, params))
     stem = fake.name or value.name or ""
     dtype = params.spec.onnx_type
+    name = f"{stem}_codes"
     stored = onnx_ir.Value(
-        name=f"{stem}_codes",
+        name=name,
         shape=onnx_ir.Shape(codes.shape),
         type=onnx_ir.TensorType(dtype),
-        const_value=onnx_ir.Tensor(codes.astype(dtype.numpy()), dtype, name=f"{stem}_codes"),
+        const_value=onnx_ir.Tensor(codes.astype(dtype.numpy()), dtype, name=name),
     )
     graph.register_initializer(stored)
-    scale = constant(graph, f"{stem}_dq_scale", params.scale)
     attributes = _axis_attributes(params)
-    replace(graph, fake, "DequantizeLinear", [stored, scale], attributes, name=f"{stem}_dq")
+    if params.spec.float4:
+        scale, made = _float8_scale(graph, fake, params, stem), f"{stem}_fq"
+        graph.opset_imports[""] = max(graph.opset_imports[""], _FLOAT4_OPSET)
+    else:
+        scale, made = constant(graph, f"{stem}_dq_scale", params.scale), f"{stem}_dq"
+    replace(graph, fake, "DequantizeLinear", [stored, scale], attributes, name=made)
+
+
+def _float8_scale(
+    graph: onnx_ir.Graph, fake: onnx_ir.Node, params: QuantParams, stem: str
+) -> onnx_ir.Value:
+    """Float8 scales of blocks, that are dequantized themselves by one float32 number."""
+    codes, unit = stored_parts(params.scale)
+    inputs = constant(graph, f"{stem}_scales", codes), constant(graph, f"{stem}_unit", unit)
+    return insert(graph, fake, "DequantizeLinear", inputs, f"{stem}_block_scales").outputs[0]
 
 
 def _axis_attributes(params: QuantParams) -> dict[str, int]:
@@ -181,12 +198,15 @@ def _planned(model: Model, lowered: Model, target: Target) -> Iterator[PlannedNo
 
 def _bytes(node: onnx_ir.Node | None) -> int:
     """Bytes of the constants that a node reads, directly or dequantized."""
-    total = 0
-    for value in node.inputs if node is not None else ():
-        made = value.producer() if value is not None else None
-        inputs = [value]
-        if made is not None and (made.domain == DOMAIN or made.op_type == "DequantizeLinear"):
-            inputs = list(made.inputs[: 1 if made.domain == DOMAIN else 2])
-        tensors = (v.const_value for v in inputs if v is not None)
-        total += sum(tensor.nbytes for tensor in tensors if tensor is not None)
-    return total
+    return sum(_stored_bytes(value) for value in (node.inputs if node is not None else ()))
+
+
+def _stored_bytes(value: onnx_ir.Value | None) -> int:
+    """Bytes of a constant, or of those that it is dequantized from."""
+    made = value.producer() if value is not None else None
+    if made is None:
+        tensor = value.const_value if value is not None else None
+        return tensor.nbytes if tensor is not None else 0
+    dequantizes = made.op_type == "DequantizeLinear"
+    count = 2 if dequantizes else 1 if made.domain == DOMAIN or made.op_type == "Cast" else 0
+    return sum(map(_stored_bytes, made.inputs[:count]))

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, final
 import numpy as np
 import onnx_ir
 
-from octavo.backends.trt_target import BLOCKS
+from octavo.backends.trt_float4 import scale_behind
+from octavo.backends.trt_target import BLOCKS, PARTS
 from octavo.ir.conformance import Finding
 from octavo.ir.constants import constant_behind
+from octavo.ir.float4 import BLOCK as FLOAT4_BLOCK
 from octavo.ir.mapped import reading
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ class _Quantizer:
 
     @property
     def scale(self) -> onnx_ir.TensorProtocol | None:
-        return constant_behind(self.node.inputs[1])
+        return scale_behind(self.node.inputs[1])
 
     @property
     def zero(self) -> onnx_ir.Value | None:
@@ -104,7 +106,7 @@ class _Quantizer:
             yield self._error("type", f"codes of type {codes}", fix)
         elif (codes == _FP8 and not part.fp8) or (codes == _FP4 and not part.nvfp4):
             reason = f"{codes} does not run on {part.name}"
-            yield self._error("part", reason, "use INT8, or a newer part")
+            yield self._error("part", reason, _other_part(codes))
         elif codes == _INT4 and (self.node.op_type == _Q or self.data is None):
             reason = "INT4 is a type of weights alone"
             yield self._error("int4-activation", reason, "quantize activations to INT8")
@@ -150,6 +152,11 @@ class _Quantizer:
         if self.node.op_type == _Q and several and self.data is None:
             reason = f"an activation with {scale.size} scales: only one is supported"
             yield self._error("activation-scales", reason, "quantize activations per tensor")
+        if self.codes == _FP4 and self.block != FLOAT4_BLOCK:
+            has = f"blocks of {self.block}" if self.block else "no blocks"
+            reason = f"FLOAT4E2M1 with {has}: TensorRT documents blocks of {FLOAT4_BLOCK} (NVFP4)"
+            fix = f"use block_size {FLOAT4_BLOCK} along K, with FLOAT8E4M3FN scales"
+            yield self._error("blocks", reason, fix)
         if not self.block:
             return
         if self.codes == "INT8":
@@ -161,13 +168,22 @@ class _Quantizer:
             yield Finding("blocks", self.name, reason, fix, error=False)
 
 
+def _other_part(codes: str) -> str:
+    """What to do about a type that a part does not have."""
+    has = [part.name for part in PARTS if (part.nvfp4 if codes == _FP4 else part.fp8)]
+    here = "INT4 in blocks of 64 or 128, or INT8" if codes == _FP4 else "INT8"
+    return f"use {here} here, or check for a part that has it: {', '.join(has)}"
+
+
 def _dequantizer(value: onnx_ir.Value | None) -> _Quantizer | None:
-    """The DQ that makes a value, through what moves it."""
-    made = value.producer() if value is not None else None
-    while made is not None and made.op_type in _MOVES:
+    """The DQ that makes a value, through what moves it, or casts what float4 codes stand for."""
+    made, cast = value.producer() if value is not None else None, False
+    while made is not None and made.op_type in (*_MOVES, "Cast"):
+        cast |= made.op_type == "Cast"
         source = made.inputs[0]
         made = source.producer() if source is not None else None
-    return _Quantizer(made) if made is not None and made.op_type == _DQ else None
+    found = _Quantizer(made) if made is not None and made.op_type == _DQ else None
+    return None if found is None or (cast and found.codes != _FP4) else found
 
 
 def _is_weight(quantizer: _Quantizer) -> bool:
@@ -189,7 +205,11 @@ def _weighted(node: onnx_ir.Node) -> Iterator[Finding]:
         yield Finding("bias", name, "the bias is quantized", "leave the bias float")
     if weight is None or not _is_weight(weight):
         return
-    if activation is not None and weight.codes == _INT4:
+    if activation is not None and weight.codes == _FP4 != activation.codes:
+        beside = f"{_FP4} weights beside {activation.codes} activations"
+        reason = f"{beside}: the compiler of TensorRT for RTX crashes on them"
+        yield Finding("formats", name, reason, "leave the activations float16")
+    elif activation is not None and weight.codes == _INT4:
         reason = "INT4 weights beside INT8 activations: there is no such kernel"
         fix = "use INT8 weights, or leave the activations float16"
         yield Finding("w4a8", name, reason, fix)
@@ -207,7 +227,11 @@ def _weighted(node: onnx_ir.Node) -> Iterator[Finding]:
 
 def _weight_axis(node: onnx_ir.Node, weight: _Quantizer) -> Iterator[Finding]:
     scale, made = weight.scale, weight.node
-    turned = node.inputs[_WEIGHTED[node.op_type]] is not made.outputs[0]
+    given = node.inputs[_WEIGHTED[node.op_type]]
+    cast = given.producer() if given is not None else None
+    if cast is not None and cast.op_type == "Cast":
+        given = cast.inputs[0]
+    turned = given is not made.outputs[0]
     if scale is None or scale.size == 1 or turned:
         return
     rank = len(made.outputs[0].shape or ()) or _rank(weight)

@@ -19,6 +19,7 @@ from octavo.backends.conditions import (
     group,
     rank,
 )
+from octavo.ir.float4 import BLOCK as FLOAT4_BLOCK
 from octavo.ir.target import Condition, KernelRow, Target
 
 if TYPE_CHECKING:
@@ -67,10 +68,9 @@ PARTS = (
 )
 
 
-_DIVISIBLE = Condition(
-    f"rows of the weight that are whole blocks of {BLOCKS[0]}",
-    lambda node: _rows(node) % BLOCKS[0] == 0,
-)
+def _divisible(block: int) -> Condition:
+    text = f"rows of the weight that are whole blocks of {block}"
+    return Condition(text, lambda node: _rows(node) % block == 0)
 
 
 def _rows(node: onnx_ir.Node) -> int:
@@ -117,8 +117,18 @@ def _float8(op_type: str, axis: int, bias: int | None, *conditions: Condition) -
 def _blocks(op_type: str, axis: int, bias: int | None, *conditions: Condition) -> KernelRow:
     return KernelRow(
         op_type, "weight-only", (op_type,), (), weights=(1,), weight_axis=axis, bits=(4,),
-        blocks=BLOCKS, bias=bias, output="float", conditions=(*conditions, _DIVISIBLE), speed=0.6,
+        blocks=BLOCKS, bias=bias, output="float",
+        conditions=(*conditions, _divisible(BLOCKS[0])), speed=0.6,
         note="float16 compute; faster where reading the weights takes longest, as in decoding",
+    )  # fmt: skip
+
+
+def _float4(op_type: str, axis: int, bias: int | None, *conditions: Condition) -> KernelRow:
+    return KernelRow(
+        op_type, "float4", (op_type,), (), weights=(1,), weight_axis=axis, bits=(4,),
+        blocks=(FLOAT4_BLOCK,), bias=bias, output="float",
+        conditions=(*conditions, _divisible(FLOAT4_BLOCK)), speed=0.6,
+        note="NVFP4: float4 numbers in blocks of 16 with float8 scales; float16 compute",
     )  # fmt: skip
 
 
@@ -153,6 +163,11 @@ _FLOAT8_ROWS = (
     _float8("Gemm", 1, 2, *gemm_conditions(0)),
     _float8("Gemm", 0, 2, *gemm_conditions(1)),
 )
+_FLOAT4_ROWS = (
+    _float4("MatMul", 1, None, *_MATMUL),
+    _float4("Gemm", 1, 2, *gemm_conditions(0)),
+    _float4("Gemm", 0, 2, *gemm_conditions(1)),
+)
 
 _MOVES = "it runs in the type of its input: quantizers move through it"
 _FLOAT = "it runs in float16 or float32; Q and DQ around it would only add work"
@@ -173,7 +188,11 @@ def _target(name: str, part: Part, features: tuple[str, ...], runtime: str) -> T
     return Target(
         name=name,
         runtime=runtime,
-        rows=(*_ROWS, *(_FLOAT8_ROWS if part.fp8 else ())),
+        rows=(
+            *_ROWS,
+            *(_FLOAT8_ROWS if part.fp8 else ()),
+            *(_FLOAT4_ROWS if part.nvfp4 else ()),
+        ),
         fused_activations=("Relu", "Clip"),
         activation_dtype="s8",
         weight_bits=8,

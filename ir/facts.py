@@ -64,7 +64,7 @@ class Ranges(Fact):
     calibration_sha256: str
 
 
-Method = Literal["float", "static", "dynamic", "float8", "weight-only", "storage"]
+Method = Literal["float", "static", "dynamic", "float8", "float4", "weight-only", "storage"]
 
 
 @final
@@ -76,6 +76,7 @@ class Option:
     - `static`: integer kernel, activations with calibrated parameters.
     - `dynamic`: integer kernel, activation parameters found at run time.
     - `float8`: float8 kernel, operands on the float8 grid of their calibrated largest magnitude.
+    - `float4`: float activations, the kernel reads float4 numbers in blocks (`ir/float4.py`).
     - `weight-only`: float activations, the kernel reads the low-bit weight.
     - `storage`: the weight is stored low-bit and unpacked when the model loads; float compute.
     """

@@ -75,6 +75,8 @@ def option_bytes(
     spec = fitted(option.weight, shape)
     if spec.half:
         return OptionBytes(_code_bytes(shape, spec, name_bytes), _cast_bytes(name_bytes, 2, 4) + 4)
+    if spec.float4:
+        return _float4_bytes(shape, spec, name_bytes)
     scales = _scales_shape(shape, kernel_spec(spec))
     scale = _scale_bytes(scales, kernel_spec(spec), name_bytes)
     if option.method == "weight-only":
@@ -205,6 +207,29 @@ def _block_bytes(shape: tuple[int, ...], spec: QuantSpec, name_bytes: int) -> in
         return tensor_bytes(packed, math.prod(packed), name_bytes + _CODES_NAME)
     codes = (rows, packed[1], blocks.size)
     return _unpacked_bytes(codes, block_parts(bits), made, name_bytes)
+
+
+def _float4_bytes(shape: tuple[int, ...], spec: QuantSpec, name_bytes: int) -> OptionBytes:
+    """Codes, float8 scales and the number they are multiplied by, with what makes float16 of them.
+
+    As lowering to TensorRT writes them.
+    """
+    blocks, scales = spec.granularity, _scales_shape(shape, spec)
+    assert isinstance(blocks, PerBlock)
+    stem = name_bytes + len("_float4")
+    stored = {name: stem + len(name) for name in ("_codes", "_scales", "_unit")}
+    made = {name: stem + len(name) for name in ("_block_scales", "_fq", "_fq_f16")}
+    attributes = {"axis": blocks.axis, "block_size": blocks.size}
+    inputs = [stored["_scales"], stored["_unit"]], [stored["_codes"], made["_block_scales"]]
+    total = (
+        tensor_bytes(shape, math.ceil(math.prod(shape) / 2), stored["_codes"])
+        + tensor_bytes(scales, math.prod(scales), stored["_scales"])
+        + tensor_bytes((), _FLOAT32, stored["_unit"])
+        + node_bytes("DequantizeLinear", inputs[0], made["_block_scales"])
+        + node_bytes("DequantizeLinear", inputs[1], made["_fq"], attributes)
+        + node_bytes("Cast", [made["_fq"]], made["_fq_f16"], {"to": 1})
+    )
+    return OptionBytes(total, made["_fq_f16"] - name_bytes)
 
 
 def _zeros_bytes(shape: tuple[int, ...], spec: QuantSpec, name_bytes: int) -> int:

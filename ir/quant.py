@@ -245,9 +245,9 @@ def params_for_weight(weight: NDArray[np.floating], spec: QuantSpec) -> QuantPar
     even = spec.signed and (spec.symmetric or not spec.multiples)
     reach = np.maximum(high, -low) if even else high - low
     scale = np.asarray(reach / (spec.qmax - (0 if even else spec.qmin)), np.float32)
-    # A block of zeros may have any scale, but one that the others lose nothing by.
-    largest = scale.max(initial=0.0) if spec.float4 else 1.0
-    scale = np.where(scale <= np.finfo(np.float32).tiny, np.float32(largest or 1.0), scale)
+    tiny = np.finfo(np.float32).tiny
+    # What the largest scale of float4 codes is decides how the others are stored.
+    scale = np.where(scale <= tiny, tiny if spec.float4 else np.float32(1), scale)
     found = QuantParams(spec, scale, np.zeros(scale.shape, np.int32))
     if even:
         return found

@@ -17,6 +17,10 @@ OutputRule = Literal["quantized", "either", "float"]
 Tie = Literal["weight", "input", "sum", "concat"]
 
 
+# Methods whose kernels read blocks alone.
+_BLOCKED = ("weight-only", "float4")
+# Codes that are floating-point numbers, by the method whose kernels read them.
+_FLOATING = {"f8": "float8", "f4": "float4"}
 # Widths of unsigned codes that kernels of blocks read, with a zero point for every block.
 _WITH_ZEROS = (2, 4)
 
@@ -70,8 +74,9 @@ class KernelRow:
         """Why the kernel cannot read a weight of this spec, empty where it can."""
         if spec.half:
             return "" if self.method == "storage" else f"{self.method} {self.op_type} reads codes"
-        if spec.float8 != (self.method == "float8"):
-            return f"{self.method} {self.op_type} reads {'' if spec.float8 else 'no '}integer codes"
+        own = self.method if self.method in _FLOATING.values() else ""
+        if _FLOATING.get(spec.dtype, "") != own:
+            return f"{self.method} {self.op_type} reads {own or 'integer'} codes"
         if not spec.signed and not (self.method == "weight-only" and spec.bits in _WITH_ZEROS):
             return f"{self.method} {self.op_type} reads signed weights"
         if spec.bits not in self.bits:
@@ -83,7 +88,7 @@ class KernelRow:
         if size is not None and whole != spec.multiples:
             kind = "multiples of a channel's scale" if whole else "scales of their own"
             return f"{self.method} {self.op_type} reads blocks with {kind}"
-        if size in self.blocks or (size is None and self.method != "weight-only"):
+        if size in self.blocks or (size is None and self.method not in _BLOCKED):
             return ""
         sizes = f"blocks of {', '.join(map(str, self.blocks))}" if self.blocks else "no blocks"
         return f"{self.method} {self.op_type} reads {sizes}"

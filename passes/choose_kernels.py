@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, final
 from octavo.ir.constants import constant_behind
 from octavo.ir.errors import UsageError
 from octavo.ir.facts import FLOAT, Choice, Fact, Option, Plan, Ranges
+from octavo.ir.float4 import BLOCK
 from octavo.ir.quant import PerAxis, PerBlock, PerTensor, QuantSpec, kernel_blocks, signed_type
 from octavo.passes.base import Pass, Statistic
 from octavo.passes.chains import bias_add, float8_values, static_chains, static_values
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from octavo.passes.chains import Chain
 
 _RECURRENT = ("LSTM", "GRU", "RNN")
+# The least part that has kernels of numbers that are not integers.
+_FLOATING = {"float8": "tensorrt-sm89", "float4": "tensorrt-sm120"}
 _UNPACKING_BYTES = 2000
 _BYTE = 8
 # Shares of all float seconds that an integer kernel has to save to be worth its error: nothing
@@ -46,11 +49,11 @@ class ChooseKernels(Pass):
     node the best of dynamic quantization, storage and plain float.
     **Why.** A quantizer around a node whose integer kernel is slow or missing costs time; only
     the whole path tells whether an integer kernel pays.
-    With `float8` a node that is not static gets a float8 kernel, with `weight-only` one that reads
-    blocks, instead of dynamic quantization. `bits` are those of weights in the file; kernels
-    multiply bytes, so that fewer are unpacked when the model loads, and cost no time. Below 6 bits
-    weights are in blocks of `block-size` where rows are several whole ones: a block's scale is a
-    multiple of its channel's.
+    With `float8` a node that is not static gets a float8 kernel, with `float4` or `weight-only` one
+    that reads blocks, instead of dynamic quantization. `bits` are those of weights in the file;
+    kernels multiply bytes, so that fewer are unpacked when the model loads, and cost no time. Below
+    6 bits weights are in blocks of `block-size` where rows are several whole ones: a block's scale
+    is a multiple of its channel's.
     **When it does not apply.** No calibrated range (no data): no static option; nor where a mask
     would leave the scores of a Softmax a few of 256 steps. No row in the target's table, a pattern
     in `keep_float`, or too few weights to shrink: float, with the reason.
@@ -64,6 +67,7 @@ class ChooseKernels(Pass):
     static: bool = True
     dynamic: bool = True
     float8: bool = False
+    float4: bool = False
     storage: bool = True
     weight_only: bool = False
     recurrent: bool = False
@@ -81,8 +85,7 @@ class ChooseKernels(Pass):
         if not 1 <= self.bits <= _BYTE:
             message = f"weights of {self.bits} bits cannot be stored"
             raise UsageError(message, hint="give choose-kernels{bits=…} from 1 to 8")
-        if self.float8:
-            _check_float8(model, ctx)
+        _check_floating(self, model, ctx)
         kept = select(model, self.keep_float)
         chains = static_chains(model, ctx, kept) if self.static else {}
         total = sum(ctx.cost.seconds(node, "float") or 0.0 for node in model.graph)
@@ -116,8 +119,9 @@ class ChooseKernels(Pass):
         read = ctx.target.support(node, self._method).row if self._method != "dynamic" else None
         packed = stored or read
         seconds = self._seconds(node, ctx, total)
-        if packed is None and self.float8 and weight_row(node, ctx.target) is not None:
-            return Choice(FLOAT, ctx.target.support(node, "float8").reason)
+        floating = self._method in _FLOATING
+        if packed is None and floating and weight_row(node, ctx.target) is not None:
+            return Choice(FLOAT, ctx.target.support(node, self._method).reason)
         if packed is None or not _worth_storing(node, packed):
             small = f"{reason}; too few weights to shrink" if packed else reason
             return Choice(FLOAT, small, _named(seconds)) if packed or candidate else None
@@ -145,6 +149,8 @@ class ChooseKernels(Pass):
         """How nodes with weights compute that are neither static nor float."""
         if self.weight_only:
             return "weight-only"
+        if self.float4:
+            return "float4"
         return "float8" if self.float8 else "dynamic"
 
     def _seconds(self, node: onnx_ir.Node, ctx: PassContext, total: float) -> dict[Method, float]:
@@ -154,12 +160,12 @@ class ChooseKernels(Pass):
         allowed = self.dynamic and (self.recurrent or node.op_type not in _RECURRENT)
         if self.weight_only:
             allowed = _fills_blocks(node, self.block_size)
-        integer = ctx.cost.seconds(node, method) if allowed or method == "float8" else None
+        integer = ctx.cost.seconds(node, method) if allowed or method in _FLOATING else None
         if integer is None:
             return seconds
         # Nothing averages the error of an output layer: its kernel has to save more. Blocks of few
         # bits lose in the weight whoever multiplies it, and a table that is tied to it is shared.
-        rounds = not self.weight_only or self.bits == _BYTE
+        rounds = method != "float4" and (not self.weight_only or self.bits == _BYTE)
         least = _OUTPUT_GAIN * total if _is_output(node) and rounds else 0.0
         if seconds["float"] - integer > least:
             seconds[method] = integer
@@ -175,6 +181,10 @@ class ChooseKernels(Pass):
             return Option(method, replace(spec, half_scales=half))
         if method == "dynamic":
             return Option(method, self._multiplied(row, node, ctx.target))
+        if method == "float4":
+            return Option(
+                method, QuantSpec("f4", PerBlock(1 - row.weight_axis, BLOCK), symmetric=True)
+            )
         spec = _weight_spec(row, node, self.bits)
         if method == "float8":
             return Option(method, replace(_computed(spec, ctx.target), dtype="f8"))
@@ -226,12 +236,16 @@ def _problem(
     return items, edges
 
 
-def _check_float8(model: Model, ctx: PassContext) -> None:
-    """Refuse float8 kernels where the target has none, or nothing was calibrated."""
-    if not any(row.method == "float8" for row in ctx.target.rows):
-        hint = "octavo targets show lists the kernels of a target; tensorrt-sm89 has float8 ones"
-        raise UsageError(f"{ctx.target.name} has no float8 kernels", hint=hint)
-    if model.find(Ranges) is None:
+def _check_floating(wanted: ChooseKernels, model: Model, ctx: PassContext) -> None:
+    """Refuse float8 and float4 kernels where the target has none, float8 without ranges."""
+    for method, asked in (("float8", wanted.float8), ("float4", wanted.float4)):
+        if asked and not any(row.method == method for row in ctx.target.rows):
+            hint = (
+                "octavo targets show NAME lists the kernels of a target; "
+                f"{_FLOATING[method]} has {method} ones"
+            )
+            raise UsageError(f"{ctx.target.name} has no {method} kernels", hint=hint)
+    if wanted.float8 and model.find(Ranges) is None:
         raise UsageError("float8 kernels need calibrated ranges", hint="give --calibration DATA")
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, final
 
 import numpy as np
 
+from octavo.ir.float4 import stored_scales
 from octavo.ir.kernel_codes import channel_unit
 from octavo.ir.multiples import most_multiple
 from octavo.ir.quant import PerAxis, PerBlock, PerTensor, QuantParams, fitted
@@ -146,7 +147,8 @@ class _Search:
             centre = chosen
             for offset in filter(None, offsets):
                 at = np.clip(centre + offset, 0, steps - 1)
-                tried = _Grid(np.maximum(whole.scale * ratios[at], _TINY), whole.zero)
+                scale = self._stored(np.maximum(whole.scale * ratios[at], _TINY))
+                tried = _Grid(scale, whole.zero)
                 left = self._error(tried, whole.scale)
                 chosen = np.where(left < error, at, chosen)
                 grid, error = _better(grid, error, tried, left)
@@ -193,11 +195,17 @@ class _Search:
         low, high = self._range
         span = np.maximum(high, -low) if self.spec.symmetric else high - low
         scale = np.asarray(span / levels, np.float32)
-        scale = np.where(scale <= _TINY, np.float32(1), scale)
+        # What the largest scale of float4 codes is decides how the others are stored.
+        scale = np.where(scale <= _TINY, _TINY if self.spec.float4 else np.float32(1), scale)
+        scale = self._stored(scale)
         zero = np.zeros_like(scale)
         if not self.spec.symmetric:
             zero = self.spec.qmin - np.rint(low / scale)
         return _Grid(scale, np.asarray(zero, np.float32))
+
+    def _stored(self, scale: Float32) -> Float32:
+        """Scales as a file holds them, where that is coarse."""
+        return stored_scales(scale) if self.spec.float4 else scale
 
     def _error(self, grid: _Grid, unit: Float32) -> NDArray[np.float64]:
         """Per row, in units of a scale so that no power overflows."""
@@ -216,6 +224,10 @@ class _Search:
         if self.spec.binary:
             return np.asarray(np.where(real < 0, -scale, scale), np.float32)
         codes = np.divide(real, scale)
+        if self.spec.floating:
+            np.clip(codes, self.spec.qmin, self.spec.qmax, out=codes)
+            codes = codes.astype(self.spec.onnx_type.numpy()).astype(np.float32)
+            return np.multiply(codes, scale, out=codes)
         np.rint(codes, out=codes)
         codes += zero
         np.maximum(codes, self.spec.qmin, out=codes)
@@ -228,7 +240,7 @@ class _Search:
 
         The range of such a row is a whole number of steps, of which there are not many.
         """
-        if self.spec.binary or not open_rows.size:
+        if self.spec.binary or self.spec.floating or not open_rows.size:
             return
         every = max(self.rows.shape[1] // _SAMPLE, 1)
         sample = self.rows[open_rows, ::every]

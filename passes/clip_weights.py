@@ -56,7 +56,7 @@ class ClipWeights(Pass):
 
     def _clip(self, model: Model, quantizer: WeightQuantizer, ctx: PassContext) -> None:
         fake, weight, old = quantizer.fake, quantizer.stored(), quantizer.params
-        if old.spec.floating or old.spec.index_bits is not None:
+        if old.spec.half or old.spec.index_bits is not None:
             ctx.remark("missed", fake.name or "", "its grid has no range to choose")
             return
         before = self._relative(weight, old)

@@ -76,6 +76,9 @@ def codes_of(real: Float32, scale: Float32, zero: Float32, spec: QuantSpec) -> F
     """The nearest codes, as floats, where scale and zero point broadcast."""
     if spec.binary:
         return np.where(real < 0, np.float32(-1), np.float32(1))
+    if spec.floating:
+        codes = np.clip(np.divide(real, scale), spec.qmin, spec.qmax)
+        return codes.astype(spec.onnx_type.numpy()).astype(np.float32)
     return _codes(real, scale, zero, np.float32(spec.qmin), np.float32(spec.qmax))
 
 
@@ -165,7 +168,7 @@ def gptq(weight: Float32, factor: Factor, grid: RowGrid) -> Float32:
     block = grid.cells.block[order]
     if grid.table is not None:
         rounding = partial(table_codes, table=grid.table)
-    elif grid.spec.binary:
+    elif grid.spec.binary or grid.spec.floating:
         rounding = partial(codes_of, spec=grid.spec)
     else:
         low, high = np.float32(grid.spec.qmin), np.float32(grid.spec.qmax)

@@ -60,7 +60,7 @@ def find_groups(model: Model, target: Target, ties: Sequence[Tie] = ()) -> dict[
 
 def weight_row(node: onnx_ir.Node, target: Target) -> KernelRow | None:
     """A row of the target that reads constant weights of the node, if there is one."""
-    for method in ("storage", "static", "dynamic", "float8", "weight-only"):
+    for method in ("storage", "static", "dynamic", "float8", "float4", "weight-only"):
         row = target.support(node, method).row
         if row is not None and row.weights:
             return row

@@ -11,6 +11,7 @@ import numpy as np
 from octavo.ir.constants import constant_behind
 from octavo.ir.errors import UsageError
 from octavo.ir.facts import FLOAT, Fact, Option, Portable, Ranges
+from octavo.ir.float4 import BLOCK
 from octavo.ir.mapped import reading
 from octavo.ir.menu import Group, Menu, Offer
 from octavo.ir.option_bytes import scale_count
@@ -48,6 +49,7 @@ _RECURRENT = ("LSTM", "GRU", "RNN")
 _WIDE_BITS = 5
 _HALF_BITS = 16
 _FLOAT_BITS = 32
+_FLOAT4_BITS = 4
 # Fewer scales than this save less than the node that casts them takes.
 _LEAST_SCALES = 64
 # A weight is scaled by at most this part of its largest magnitude; float16 below is subnormal.
@@ -62,10 +64,11 @@ class OfferOptions(Pass):
     """List the options of every decision group, with exact bytes, seconds and bit operations.
 
     **What it does.** Finds the groups of nodes that must agree, and offers each: float; integer
-    kernels with calibrated or run-time activations; float8 kernels; kernels that read low-bit
-    weights; low-bit storage that unpacks when the model loads, for integer or float compute, for
-    integer kernels also in blocks of `integer-blocks`, whose scales are whole multiples of their
-    channel's. Nodes without weights that an integer kernel exists for are offered that kernel.
+    kernels with calibrated or run-time activations; float8 kernels; kernels that read float4 or
+    low-bit weights; low-bit storage that unpacks when the model loads, for integer or float
+    compute, for integer kernels also in blocks of `integer-blocks`, whose scales are whole
+    multiples of their channel's. Nodes without weights that an integer kernel exists for are
+    offered that kernel.
     **Why.** `allocate` chooses among offers and knows nothing of kernels.
     **When it does not apply.** An option without a row in the target's table, without calibrated
     ranges (static and float8), or on a node that `keep_float` names is not offered. `portable`
@@ -84,6 +87,7 @@ class OfferOptions(Pass):
     static: bool = True
     dynamic: bool = True
     float8: bool = True
+    float4: bool = True
     weight_only: bool = True
     storage: bool = True
     recurrent: bool = True
@@ -191,6 +195,8 @@ class _Maker:
             yield from ((method, bits, size) for bits in widths for size in sizes)
         if request.float8:
             yield ("float8", _CODE_BITS, 0)
+        if request.float4:
+            yield ("float4", _FLOAT4_BITS, BLOCK)
         for bits in request.bits if request.weight_only else ():
             sizes = request.blocks if bits < _WIDE_BITS else request.blocks[-1:]
             yield from (("weight-only", bits, size) for size in sizes)
@@ -254,6 +260,8 @@ class _Maker:
             spec = QuantSpec(dtype, PerBlock(2, size), symmetric=True)
         elif size:
             axis = 1 - row.weight_axis % 2 if node.op_type in ("Gemm", "Gather") else 0
+            if row.method == "float4":
+                return QuantSpec("f4", PerBlock(axis, size), symmetric=True)
             zeros = self.ctx.target.zero_points and not self.request.portable
             spec = kernel_blocks(bits, PerBlock(axis, size), zero_points=zeros)
         elif rank < 2:
@@ -345,5 +353,5 @@ def _bit_operations(option: Option) -> int:
     if option.method in ("float", "storage") or option.weight is None:
         both = option.method == "static"
         return _CODE_BITS * _CODE_BITS if both else _FLOAT_BITS * _FLOAT_BITS
-    activations = _FLOAT_BITS if option.method == "weight-only" else _CODE_BITS
+    activations = _FLOAT_BITS if option.method in ("weight-only", "float4") else _CODE_BITS
     return option.weight.bits * activations

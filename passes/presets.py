@@ -15,6 +15,10 @@ PRESETS: Mapping[str, str] = {
         "canonicalize,calibrate{method=minmax},choose-kernels{static=false,float8=true},"
         "insert-fake-quant"
     ),
+    "nvfp4": (
+        "canonicalize,calibrate,collect-moments,choose-kernels{static=false,float4=true},"
+        "insert-fake-quant,clip-weights,round-gptq"
+    ),
     "int8-analytic": "canonicalize,bound-ranges,choose-kernels,place-quantizers,insert-fake-quant",
     "mixed": (
         "canonicalize,fold-scales,halve-constants,calibrate,collect-moments,offer-options,"

@@ -86,7 +86,7 @@ class RoundGptq(Pass):
     def _is_settled(self, model: Model, ctx: PassContext, quantizer: WeightQuantizer) -> bool:
         """Whether nothing is left to round; a weight on a smaller grid gets that grid."""
         name, params = quantizer.fake.name or "", quantizer.params
-        if params.spec.floating or params.spec.index_bits:
+        if params.spec.half or params.spec.index_bits:
             ctx.remark("missed", name, "its codes are no even grid")
             return True
         weight = quantizer.original()

@@ -107,7 +107,7 @@ def nearest(
 def _clipped(
     node: onnx_ir.Node, index: int, weight: NDArray[np.floating], spec: QuantSpec
 ) -> NDArray[np.float32]:
-    if spec.floating:
+    if spec.half:
         return round_weight(weight, spec)
     params = clipped_params(weight, spec, steps=_STEPS)
     return dequantize(quantize(weight, params), params)
@@ -127,7 +127,7 @@ class _Gptq:
         self, node: onnx_ir.Node, index: int, weight: NDArray[np.floating], spec: QuantSpec
     ) -> NDArray[np.float32]:
         moment = self.moments.of(node.name or "", index)
-        if moment is None or spec.floating or spec.index_bits:
+        if moment is None or spec.half or spec.index_bits:
             return _clipped(node, index, weight, spec)
         own = np.asarray(weight, np.float32)
         if not isinstance(moment.second, StoredArray):

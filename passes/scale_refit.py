@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from octavo.ir.float4 import stored_scales
 from octavo.ir.multiples import most_multiple, whole_multiples
 from octavo.passes.gptq import RowGrid, row_errors
 
@@ -116,6 +117,8 @@ def stored_scale(scale: Float32, old: RowGrid) -> Float32:
     if old.spec.multiples:
         kept = np.where(np.isfinite(scale) & (scale > _TINY), scale, old.scale)
         return whole_multiples(kept, (2,), most_multiple(old.spec.bits, old.spec.symmetric))
+    if old.spec.float4:
+        return stored_scales(np.where(np.isfinite(scale) & (scale > _TINY), scale, old.scale))
     if old.spec.half_scales:
         with np.errstate(over="ignore"):
             scale = scale.astype(np.float16).astype(np.float32)

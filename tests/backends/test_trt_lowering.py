@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import onnx.numpy_helper
 import onnx.parser
+import onnx.reference
 import pytest
 
 from octavo.backends import trt_rtx
@@ -25,9 +26,12 @@ from octavo.backends.trt_target import TARGETS
 from octavo.cli.stand_in import stand_in
 from octavo.ir.calibration import Feed
 from octavo.ir.errors import UsageError
+from octavo.ir.facts import Plan
 from octavo.ir.menu import Menu, Solution
 from octavo.ir.model import Model
+from octavo.ir.option_bytes import weight_bytes
 from octavo.ir.read import read
+from octavo.ir.target import Target
 from octavo.models import fetch, shipped
 from octavo.passes.base import PassContext
 from octavo.passes.pipeline import Pipeline
@@ -134,10 +138,116 @@ def test_float8_is_written_on_both_sides_of_a_product(
     assert {f.rule for f in broken_rules(artifact.path, _SM86) if f.error} == {"part"}
 
 
-def test_parts_without_float8_refuse_it(context: Callable[[Model], PassContext]) -> None:
+_TWO_PRODUCTS = """<ir_version: 10, opset_import: ["" : 21]>
+    g (float[N,128] x) => (float[N,60] y)
+    <float[128,192] a = {0}, float[60,192] b = {0}> {
+        [first] h = MatMul (x, a) [relu] r = Relu (h)
+        [second] y = Gemm <transB: int = 1> (r, b)
+    }"""
+_SM120 = TARGETS["tensorrt-sm120"]
+
+
+def _nearest_float4(weight: Any, axis: int) -> Any:
+    """NVFP4 by its definition, in Python: 16 weights share a scale of four significant bits."""
+    values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    rows = np.moveaxis(weight.astype(np.float64), axis, -1)
+    blocks = rows.reshape(*rows.shape[:-1], -1, 16)
+    mantissa, exponent = np.frexp(np.abs(blocks).max(axis=-1, keepdims=True) / 6)
+    scale = np.ldexp(np.rint(mantissa * 16) / 16, exponent)
+    nearest = values[np.abs(np.abs(blocks)[..., None] / scale[..., None] - values).argmin(axis=-1)]
+    return np.moveaxis((np.sign(blocks) * nearest * scale).reshape(rows.shape), -1, axis)
+
+
+def test_float4_weights_are_written_as_nvfp4(
+    tmp_path: Path, calibrated: Calibrated, feed_of: Feeds
+) -> None:
+    source = _random(_TWO_PRODUCTS)
+    ctx = calibrated(source, target=_SM120)
+    text = "canonicalize,choose-kernels{static=false,float4=true},insert-fake-quant"
+    planned = Pipeline.parse(text).run(source, ctx).model
+    artifact = lower(planned, tmp_path / "model.onnx", _SM120)
+    assert {n.node: n.option for n in artifact.planned} == {
+        "first": "float4:f4/block16@0", "second": "float4:f4/block16@1",
+    }  # fmt: skip
+    proto = onnx.load(artifact.path)
+    onnx.checker.check_model(proto, full_check=True)
+    held = {t.name: t for t in proto.graph.initializer}
+    made = {n.output[0]: n for n in proto.graph.node}
+    for node in (n for n in proto.graph.node if n.op_type in ("MatMul", "Gemm")):
+        cast = made[node.input[1]]
+        dequantize = made[cast.input[0]]
+        assert (cast.op_type, dequantize.op_type) == ("Cast", "DequantizeLinear")
+        codes, scales = held[dequantize.input[0]], made[dequantize.input[1]]
+        scale_codes, unit = (held[name] for name in scales.input)
+        kinds = [onnx.TensorProto.DataType.Name(t.data_type) for t in (codes, scale_codes, unit)]
+        assert kinds == ["FLOAT4E2M1", "FLOAT8E4M3FN", "FLOAT"]
+        assert (len(codes.raw_data) * 2, len(scale_codes.raw_data) * 16, len(unit.dims)) == (
+            np.prod(codes.dims), np.prod(codes.dims), 0,
+        )  # fmt: skip
+        weight = source.graph.initializers["a" if node.name == "first" else "b"].const_value
+        assert weight is not None
+        axis = 0 if node.name == "first" else 1
+        truth = _nearest_float4(weight.numpy(), axis)
+        found = _reference_output(proto, dequantize.output[0])
+        np.testing.assert_allclose(found, truth, rtol=1e-6, atol=1e-9)
+    feed = feed_of(source, 3)
+    expected = OrtEvaluator(threads=1).run(planned, feed)
+    session = TensorRtBackend(_SM120).open(artifact.path, threads=1)
+    assert _error(session.run(feed), expected) < 0.002
+    assert broken_rules(artifact.path, _SM120) == []
+    assert {f.rule for f in broken_rules(artifact.path, _SM86) if f.error} == {"part"}
+
+
+def _reference_output(proto: onnx.ModelProto, name: str) -> Any:
+    """A constant value of a file as onnx.reference computes it."""
+    own = onnx.ModelProto()
+    own.CopyFrom(proto)
+    made = {n.output[0]: n for n in proto.graph.node}
+    nodes = [made[made[name].input[1]], made[name]]
+    del own.graph.node[:], own.graph.output[:], own.graph.input[:]
+    own.graph.node.extend(nodes)
+    own.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+    (found,) = onnx.reference.ReferenceEvaluator(own).run(None, {})
+    return found
+
+
+def test_bytes_of_float4_weights_are_those_of_the_file(
+    tmp_path: Path, calibrated: Calibrated
+) -> None:
+    """What an option is said to take is what the file grows by, to the byte."""
+    source = _random(_TWO_PRODUCTS)
+    ctx = calibrated(source, target=_SM120)
+    text = "canonicalize,choose-kernels{static=false,float4=true},insert-fake-quant"
+    planned = Pipeline.parse(text).run(source, ctx).model
+    graph = onnx.load(lower(planned, tmp_path / "model.onnx", _SM120).path).graph
+    nodes = {node.name or "": node for node in source.graph}
+    for weight, name in (("a", "first"), ("b", "second")):
+        option = planned.fact(Plan).by_node[name].option
+        own = [t for t in graph.initializer if t.name.startswith(f"{weight}_float4")]
+        read = [n for n in graph.node if n.name.startswith(f"{weight}_float4")]
+        written = sum(1 + _varint(m.ByteSize()) + m.ByteSize() for m in (*own, *read))
+        (reader,) = (n for n in graph.node if n.name == name)
+        written += len(reader.input[1]) - len(weight)
+        assert weight_bytes(nodes[name], (1,), option) == written
+
+
+def _varint(number: int) -> int:
+    return max(1, -(-number.bit_length() // 7))
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "words"),
+    [
+        ("fp8", _SM86, "tensorrt-sm86 has no float8 kernels"),
+        ("nvfp4", TARGETS["tensorrt-sm90"], "tensorrt-sm90 has no float4 kernels"),
+    ],
+)
+def test_parts_without_a_format_refuse_it(
+    name: str, target: Target, words: str, calibrated: Calibrated
+) -> None:
     source = read(shipped("fashion-vit"))
-    with pytest.raises(UsageError, match="tensorrt-sm86 has no float8 kernels"):
-        Pipeline.parse(preset("fp8")).run(source, context(source))
+    with pytest.raises(UsageError, match=words):
+        Pipeline.parse(preset(name)).run(source, calibrated(source, target=target))
 
 
 def test_a_plan_chooses_among_the_formats_of_a_part(calibrated: Calibrated) -> None:
@@ -151,7 +261,7 @@ def test_a_plan_chooses_among_the_formats_of_a_part(calibrated: Calibrated) -> N
                    offer.options.values())  # fmt: skip
         offered[name] = {f"{o.method}:{o.weight.dtype}" for o in options if o.weight is not None}
     assert offered["tensorrt-sm86"] == {"static:s8", "weight-only:s4"}
-    assert offered["tensorrt-sm120"] == {*offered["tensorrt-sm86"], "float8:f8"}
+    assert offered["tensorrt-sm120"] == {*offered["tensorrt-sm86"], "float8:f8", "float4:f4"}
 
 
 def test_int4_weights_are_native_and_blocked_along_the_sum(
@@ -320,6 +430,7 @@ def test_build_commands_name_every_dynamic_dimension(tmp_path: Path) -> None:
         ("fashion-resnet", "tensorrt-sm89", preset("fp8")),
         ("fashion-vit", "tensorrt-sm90", preset("fp8")),
         ("fashion-vit", "tensorrt-sm120", preset("fp8")),
+        ("fashion-vit", "tensorrt-sm120", preset("nvfp4")),
     ],
 )
 def test_lowered_files_compile_for_a_part(

@@ -75,6 +75,26 @@ def test_the_loss_is_that_of_an_exhaustive_search(dtype: QuantType, p: float) ->
         assert loss(row, own, p) == pytest.approx(truth, rel=RELATIVE)
 
 
+def test_scales_of_float4_blocks_are_searched_among_those_that_are_stored() -> None:
+    """Four significant bits; blocks of zeros do not change what others get."""
+    weight = drawn((32, 6)) * np.float32(1e-3)
+    weight[16:, 3] = 0
+    spec = QuantSpec("f4", PerBlock(0, 16), symmetric=True)
+    found = clipped_params(weight, spec)
+    values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    assert np.all(np.isfinite(found.scale))
+    for block, column in np.ndindex(2, 6):
+        row = weight[16 * block : 16 * (block + 1), column].astype(np.float64)
+        losses = []
+        for step in range(80):
+            mantissa, exponent = np.frexp(np.abs(row).max() / 6 * (1 - 0.8 * step / 80))
+            scale = np.ldexp(np.rint(mantissa * 16) / 16, exponent) or 1.0
+            nearest = np.abs(np.abs(row)[:, None] / scale - values).min(axis=1) * scale
+            losses.append(float((nearest**2.4).sum()))
+        own = QuantParams(QuantSpec("f4"), found.scale[block, column], np.array(0, np.int32))
+        assert loss(row.astype(np.float32), own) <= min(losses) * (1 + RELATIVE) + 1e-30
+
+
 @pytest.mark.parametrize(
     ("shape", "granularity"),
     [

@@ -90,14 +90,22 @@ def test_between_the_optimum_and_nearest(bits: int, width: int) -> None:
     assert np.mean(ratios) < 0.35
 
 
-def textbook(weight: Float32, second: Float32, scale: float, qmax: int) -> NDArray[np.float64]:
-    """Algorithm 1 of the paper for one row, with the inverse and its Cholesky factor."""
+FLOAT4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+
+def textbook(
+    weight: Float32, second: Float32, scale: NDArray[np.float32], values: NDArray[np.floating]
+) -> NDArray[np.float64]:
+    """Algorithm 1 of the paper for one row, with the inverse and its Cholesky factor.
+
+    Every weight has a scale of its own, and becomes the nearest of `values` times it.
+    """
     inverse = np.linalg.inv(second.astype(np.float64))
     upper = np.linalg.cholesky(inverse).T
     left, codes = weight.astype(np.float64).copy(), np.empty(len(weight))
     for c in range(len(weight)):
-        codes[c] = np.clip(np.rint(left[c] / scale), -qmax, qmax)
-        left[c:] -= (left[c] - codes[c] * scale) / upper[c, c] * upper[c, c:]
+        codes[c] = values[np.abs(left[c] / scale[c] - values).argmin()]
+        left[c:] -= (left[c] - codes[c] * scale[c]) / upper[c, c] * upper[c, c:]
     return codes
 
 
@@ -108,11 +116,49 @@ def test_equals_the_textbook_algorithm(width: int) -> None:
     params = params_for_weight(weight, spec(4))
     factor = Factor.of(second, 0.0, act_order=False)
     codes = gptq(matrix_of(weight).rows(weight), factor, grid_of(weight, params))[0]
+    scales = np.broadcast_to(params.scale[:, None], weight.shape)
     truth = [
-        textbook(row, second[0], scale, 7) for row, scale in zip(weight, params.scale, strict=True)
+        textbook(row, second[0], scale, np.arange(-7, 8))
+        for row, scale in zip(weight, scales, strict=True)
     ]
     # A tie that float32 breaks the other way changes all later codes of a row.
     assert np.mean(codes == np.array(truth)) > 0.98
+
+
+def test_float4_codes_equal_the_textbook_algorithm() -> None:
+    width = 96
+    weight, second = normal(4, 6, width), moments(np.random.default_rng(width), 1, width)
+    second += np.eye(width, dtype=np.float32) * np.float32(0.05 * np.trace(second[0]) / width)
+    params = params_for_weight(weight, QuantSpec("f4", PerBlock(1, 16), symmetric=True))
+    factor = Factor.of(second, 0.0, act_order=False)
+    codes = gptq(matrix_of(weight).rows(weight), factor, grid_of(weight, params))[0]
+    scales = np.repeat(params.scale, 16, axis=1)
+    values = np.concatenate((-FLOAT4[:0:-1], FLOAT4))
+    pairs = zip(weight, scales, strict=True)
+    truth = [textbook(row, second[0], scale, values) for row, scale in pairs]
+    assert np.mean(codes == np.array(truth)) > 0.98
+    assert set(np.abs(codes).reshape(-1).tolist()) == set(FLOAT4.tolist())
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        QuantSpec("f4", PerBlock(1, 16), symmetric=True),
+        QuantSpec("f8", PerAxis(0), symmetric=True, half_scales=True),
+    ],
+    ids=str,
+)
+def test_floating_codes_are_never_worse_than_nearest(given: QuantSpec) -> None:
+    weight, second = normal(7, 9, 48), moments(np.random.default_rng(7), 1, 48, samples=12)
+    params = params_for_weight(weight, given)
+    made = gptq_weight(weight, params, matrix_of(weight), second)
+    nearest = nearest_error(weight, params, second)
+    errors = row_errors((weight - made.rounded)[None], second)
+    assert np.all(errors <= nearest * (1 + RELATIVE) + 1e-6)
+    assert errors.sum() < 0.8 * nearest.sum()
+    # The scales that it finds are those that a file can hold.
+    on_grid = dequantize(quantize(made.rounded, made.params), made.params)
+    np.testing.assert_array_equal(on_grid, made.rounded)
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -161,6 +207,22 @@ def test_rows_are_never_worse_than_nearest(
     # The rounded weight is on the grid of its parameters.
     again = dequantize(quantize(made.rounded, made.params), made.params)
     np.testing.assert_allclose(again, made.rounded, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("granularity", [PerAxis(0), PerBlock(1, 8), PerTensor()])
+def test_ranges_are_tried_together_as_they_are_alone(
+    granularity: Granularity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many ranges fit in memory together decides nothing."""
+    second, weight = moments(np.random.default_rng(4), 1, 32), normal(9, 12, 32)
+    params = params_for_weight(weight, spec(3, granularity, symmetric=False))
+    found = []
+    for elements in (1, 2 * weight.size, 1 << 21):
+        monkeypatch.setattr("octavo.passes.gptq_weight._STACKED_ELEMENTS", elements)
+        found.append(gptq_weight(weight, params, matrix_of(weight), second, GptqOptions()))
+    for one in found[1:]:
+        np.testing.assert_allclose(one.rounded, found[0].rounded, rtol=RELATIVE, atol=1e-6)
+        assert one.after == pytest.approx(found[0].after, rel=RELATIVE)
 
 
 def test_zero_points_are_found_for_given_codes() -> None:
