@@ -69,6 +69,7 @@ def _script(found: Mapping[str, Shapes], target: Target) -> str:
         engine=ENGINE,
         cache=TIMING_CACHE,
         layers=LAYERS,
+        sparse=_SPARSE if PART_OF[target.name].sparse else "",
         shapes=json.dumps(shapes, indent=4),
     )
 
@@ -92,6 +93,8 @@ def _shell(found: Mapping[str, Shapes], target: Target) -> str:
 cd "$(dirname "$0")"\ntrtexec {lines}\n'
 
 
+# Weights with two zeros of four run twice as fast where all of a kernel's are so.
+_SPARSE = "config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)\n"
 _SCRIPT = '''"""Builds an engine for {target}; run it on the device, with TensorRT 11 installed."""
 
 import json
@@ -111,7 +114,7 @@ if not parser.parse_from_file(str(folder / "{model}")):
     raise SystemExit("\\n".join(parser.get_error(k).desc() for k in range(parser.num_errors)))
 config = builder.create_builder_config()
 config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-if SHAPES:
+{sparse}if SHAPES:
     profile = builder.create_optimization_profile()
     for name, (least, typical, most) in SHAPES.items():
         profile.set_shape(name, least, typical, most)

@@ -414,6 +414,7 @@ def test_build_commands_name_every_dynamic_dimension(tmp_path: Path) -> None:
     assert "'--minShapes=input:1x1x28x28'" in shell
     assert "'--maxShapes=input:8x1x28x28'" in shell
     assert "'--sparsity=enable'" in shell
+    assert "config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)\n" in beside["build_engine.py"]
     # Flags that TensorRT 11 removed.
     assert not {"--int8", "--fp16", "--best", "--calib"} & set(shell.split("'"))
 
