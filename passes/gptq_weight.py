@@ -11,6 +11,8 @@ from octavo.passes.gptq import Factor, RowGrid, gptq, row_errors, row_parts
 from octavo.passes.scale_refit import refitted, stored_scale
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from numpy.typing import NDArray
 
     from octavo.ir.quant import QuantParams
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     Float64 = NDArray[np.float64]
 
 _NARROWEST = 0.6
+# Rows of several ranges that are rounded together hold about so many weights.
+_STACKED_ELEMENTS = 1 << 21
 
 
 @final
@@ -85,7 +89,7 @@ def gptq_weight(
     made = np.empty_like(rows)
     scales, zeros = scale.copy(), grid.zero.copy()
     before = after = 0.0
-    for part in row_parts(grid, matrix.width):
+    for part in row_parts(grid, matrix.width * len(options.ratios)):
         found = layer.rounded(rows[:, part], wanted[:, part], grid.part(part))
         made[:, part] = found.grid.values(found.codes)
         scales[:, part], zeros[:, part] = found.grid.scale, found.grid.zero
@@ -138,16 +142,44 @@ class _Layer:
         """The best codes for rows that fit in memory, `[groups, N, K]`."""
         best = self._found(target, grid.nearest(weight), grid)
         best = replace(best, before=best.after)
-        for ratio in self.options.ratios:
-            scale = stored_scale(grid.scale * ratio, grid)
-            tried = replace(grid, scale=scale)
-            codes = gptq(target, self.factor, tried)
+        for codes, tried in self._tried(target, grid):
             best = best.improved(self._found(target, codes, tried))
         if not self.options.refit:
             return best
         suited = refitted(target, best.codes, self.second, best.grid)
         return best.improved(self._found(target, best.codes, suited))
 
+    def _tried(self, target: Float32, grid: RowGrid) -> Iterator[tuple[Float32, RowGrid]]:
+        """Codes by GPTQ for every range, each with its grid.
+
+        A step of GPTQ takes a column of all rows: those of several ranges are rounded together, as
+        many as fit in memory.
+        """
+        rows = target.shape[1]
+        grids = [
+            replace(grid, scale=stored_scale(grid.scale * ratio, grid))
+            for ratio in self.options.ratios
+        ]
+        count = max(1, _STACKED_ELEMENTS // target.size)
+        for start in range(0, len(grids), count):
+            some = grids[start : start + count]
+            codes = gptq(np.tile(target, (1, len(some), 1)), self.factor, _stacked(some))
+            for at, tried in enumerate(some):
+                yield codes[:, at * rows : (at + 1) * rows], tried
+
     def _found(self, target: Float32, codes: Float32, grid: RowGrid) -> _Found:
         errors = row_errors(target - grid.values(codes), self.second)
         return _Found(codes, grid, errors)
+
+
+def _stacked(grids: Sequence[RowGrid]) -> RowGrid:
+    """The rows of several grids of one weight, one grid below the other."""
+    first, count = grids[0], (1, len(grids), 1)
+    index = np.tile(first.cells.index, count)
+    return RowGrid(
+        first.spec,
+        np.concatenate([grid.scale for grid in grids], axis=1),
+        np.concatenate([grid.zero for grid in grids], axis=1),
+        replace(first.cells, index=index),
+        None if first.table is None else np.tile(first.table, count),
+    )
