@@ -1,16 +1,19 @@
 """Compile by a plan: profile, offer, measure, allocate, refine, build, and check what was built.
 
 What a plan is predicted to take is held against the file: a file that is larger or slower than
-its budget tightens the budget of the next plan by as much.
+its budget tightens the budget of the next plan by as much, and one that is faster than asked
+loosens it: what is not needed for speed belongs to accuracy.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
+from octavo.cli.aims import MARGIN_BYTES, NO_LIMIT, Aims
 from octavo.cli.candidates import Candidate
 from octavo.cli.profiling import COPY_KINDS, profile_model
 from octavo.cli.recorded_profile import cost_of_profile
@@ -39,11 +42,6 @@ if TYPE_CHECKING:
 
 _TRIES = 5
 _SEARCHES = 7
-# Bytes below a size budget that the next plan aims at: names and tables vary by less.
-_MARGIN_BYTES = 64
-# Timing noise that a latency budget leaves to a file, and what the next plan aims below.
-_AIM = 0.97
-_NO_LIMIT = "none"
 # What runs of a copy with other shapes may take, per kind of kernel.
 _COPY_SECONDS = 0.3
 
@@ -100,7 +98,7 @@ class Planner:
         if missed or over <= 0:
             return done, missed
         assert budget is not None
-        aim = budget - (done.artifact.bytes - candidate.artifact.bytes) - _MARGIN_BYTES
+        aim = budget - (done.artifact.bytes - candidate.artifact.bytes) - MARGIN_BYTES
         done = self.finish(self._within(aim, latency)[0], self._ctx)
         return done, self._check(done, budget, latency)[0]
 
@@ -122,7 +120,7 @@ class Planner:
         size = self.request.size or _option(self.pipeline, "size")
         self._latency = self.request.latency or _option(self.pipeline, "latency")
         self._budget = self._bytes(size) if size else None
-        if self._elsewhere and self._latency not in ("", _NO_LIMIT):
+        if self._elsewhere and self._latency not in ("", NO_LIMIT):
             name = Path(self.request.profile).name
             self.notes.append(f"--latency is kept by the seconds of {name}, not by this machine's")
 
@@ -202,32 +200,41 @@ class Planner:
     def _within(self, budget: float | None, latency: str) -> tuple[Candidate, list[str]]:
         """A candidate whose file keeps to size and latency; else the last, and what it misses.
 
-        Only a plan that fits is refined, once, where the pipeline refines.
+        Of plans that keep to both, the last was given the most time. Only that one is refined.
         """
-        refines = any(each.name == "refine" for each in self._solving.passes)
-        aim, scale = budget, 1.0
-        candidate: Candidate | None = None
-        missed: list[str] = []
+        aims = Aims(budget, latency)
+        fitting: tuple[Candidate, Aims] | None = None
+        last: tuple[Candidate, list[str]] | None = None
         for _ in range(_TRIES):
             try:
-                candidate = self._build(aim, _scaled(latency, scale))
+                candidate = self._build(aims.size, aims.scaled)
             except BudgetInfeasible:
-                if candidate is None:
+                if last is None:
                     raise
                 break
-            missed, over, slow = self._check(candidate, budget, latency)
-            if not missed and not refines:
-                return candidate, []
-            if not missed:
-                refined = self._build(aim, _scaled(latency, scale), refined=True)
-                found = self._check(refined, budget, latency)[0]
-                return (candidate, []) if found else (refined, [])
-            if over > 0 and aim is not None:
-                aim -= over + _MARGIN_BYTES
-            if slow > 1:
-                scale *= _AIM / slow
-        assert candidate is not None
-        return candidate, missed
+            missed, over, share = self._check(candidate, budget, latency)
+            last = candidate, missed
+            if missed:
+                aims.tighten(over, share)
+                if fitting is not None and not aims.open:
+                    break
+                continue
+            fitting = candidate, replace(aims)
+            if self.metric is not None or not aims.loosen(share, _used(candidate)):
+                break
+        if fitting is None:
+            assert last is not None
+            return last
+        return self._refined(*fitting, budget, latency), []
+
+    def _refined(
+        self, candidate: Candidate, aims: Aims, budget: float | None, latency: str
+    ) -> Candidate:
+        """The candidate, refined where the pipeline refines and the file still fits."""
+        if not any(each.name == "refine" for each in self._solving.passes):
+            return candidate
+        refined = self._build(aims.size, aims.scaled, refined=True)
+        return candidate if self._check(refined, budget, latency)[0] else refined
 
     def _check(
         self, candidate: Candidate, budget: float | None, latency: str
@@ -242,7 +249,7 @@ class Planner:
 
         How long another device takes no clock here tells: the plan kept to its table.
         """
-        if latency in ("", _NO_LIMIT) or not self.request.measure or self._elsewhere:
+        if latency in ("", NO_LIMIT) or not self.request.measure or self._elsewhere:
             return 0.0
         timing = self.measured.final_bench(artifact)
         source, own = timing.rows[0], timing.rows[-1]
@@ -304,13 +311,10 @@ def _option(pipeline: Pipeline, name: str) -> str:
     return next((str(getattr(p, name)) for p in pipeline.passes if p.name == "allocate"), "")
 
 
-def _scaled(latency: str, scale: float) -> str:
-    """A latency budget tightened by a factor; "" and "none" are no budgets."""
-    if latency in ("", _NO_LIMIT) or scale == 1.0:
-        return latency
-    whole = parse_seconds(latency, "--latency", 1.0)
-    relative = latency.strip().endswith(("x", "%"))
-    return f"{whole * scale:.9f}{'x' if relative else 's'}"
+def _used(candidate: Candidate) -> float:
+    """What a plan is predicted to take of the seconds it was given."""
+    solution = candidate.compilation.model.fact(Solution)
+    return solution.totals["seconds"] / solution.limits.get("seconds", math.inf)
 
 
 def _sentences(
