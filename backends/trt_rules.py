@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from octavo.backends.trt_operators import COMPILE, REFUSED
 from octavo.backends.trt_quantizers import quantizer_findings
 from octavo.backends.trt_target import NEWEST_IR_VERSION, NEWEST_OPSET, PART_OF
 from octavo.ir.conformance import Finding
-from octavo.ir.errors import UsageError
 from octavo.ir.read_onnx import read_verbatim
 
 if TYPE_CHECKING:
@@ -21,23 +21,6 @@ if TYPE_CHECKING:
 
     from octavo.ir.target import Target
 
-_ENGINE_MARKS = (b"ftrt", b"trtr")
-_COMPILE = "compile the float model with octavo for this target"
-# Operators the parser has no importer for, and what avoids them.
-_REFUSED = {
-    **dict.fromkeys(("QLinearConv", "QLinearMatMul", "QLinearAdd", "ConvInteger"), (
-        "the parser has no integer operators",
-        "export Q and DQ around float operators (QDQ format)",
-    )),
-    **dict.fromkeys(("MatMulInteger", "DynamicQuantizeLinear"), (
-        "the parser has no activations that are quantized at run time",
-        f"{_COMPILE}, with --calibration; weight-only is choose-kernels{{weight-only=true,bits=4}}",
-    )),
-    **dict.fromkeys(("BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "BitwiseNot"), (
-        "the parser has no bit operators: packed weights cannot be unpacked",
-        "store weights as INT8 or INT4 initializers in front of DequantizeLinear",
-    )),
-}  # fmt: skip
 _QUANTIZE = ("QuantizeLinear", "DequantizeLinear")
 _HEAVY = ("Conv", "ConvTranspose", "MatMul", "Gemm", "LSTM", "GRU", "RNN")
 
@@ -45,9 +28,8 @@ _HEAVY = ("Conv", "ConvTranspose", "MatMul", "Gemm", "LSTM", "GRU", "RNN")
 def broken_rules(path: Path, target: Target) -> list[Finding]:
     """Every rule that a file breaks, in the order of its nodes.
 
-    Raises UsageError for an engine in place of a model, ModelError for what is no ONNX file.
+    Raises ModelError for what is no ONNX file, an engine among them.
     """
-    _refuse_engine(path)
     sparse = _sparse_initializers(path)
     model = read_verbatim(path).ir
     functions = {key[:2] for key in model.functions}
@@ -57,17 +39,6 @@ def broken_rules(path: Path, target: Target) -> list[Finding]:
     found += quantizer_findings(model.graph, PART_OF[target.name])
     found += _float32(model.graph)
     return found
-
-
-def _refuse_engine(path: Path) -> None:
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        head = file.read(64)
-    if head[:4] in _ENGINE_MARKS or any(mark in head for mark in _ENGINE_MARKS):
-        message = f"{path} is a TensorRT engine, not a model"
-        why = "an engine holds kernels for one GPU and cannot be read back"
-        raise UsageError(message, why=why, hint="give the ONNX file that it was built from")
 
 
 def _sparse_initializers(path: Path) -> list[Finding]:
@@ -103,12 +74,12 @@ def _operator(node: onnx_ir.Node, functions: set[tuple[str, str]]) -> Iterator[F
     name = node.name or (node.outputs[0].name if node.outputs else "") or ""
     if (node.domain, node.op_type) in functions:
         return
-    if node.op_type in _REFUSED:
-        why, fix = _REFUSED[node.op_type]
+    if node.op_type in REFUSED:
+        why, fix = REFUSED[node.op_type]
         yield Finding("operator", name, f"{node.op_type}: {why}", fix)
     elif node.domain not in ("", "ai.onnx") and node.op_type not in _QUANTIZE:
         reason = f"{node.domain}::{node.op_type} is no standard operator"
-        fix = f"{_COMPILE}: it writes standard operators (ort-cpu: --portable)"
+        fix = f"{COMPILE}: it writes standard operators (ort-cpu: --portable)"
         yield Finding("operator", name, reason, fix)
     elif node.domain == "com.microsoft":
         reason = f"{node.domain}::{node.op_type} parses, and standard Q and DQ do as well"
@@ -126,7 +97,7 @@ def _float32(graph: onnx_ir.Graph) -> list[Finding]:
         if weight is None or weight.dtype is None or weight.dtype.name != "FLOAT":
             continue
         reason = f"{node.op_type} is given float32, and TensorRT 11 computes as given"
-        fix = f"make it float16: {_COMPILE}, or convert the file"
+        fix = f"make it float16: {COMPILE}, or convert the file"
         number = sum(_reads_float32(n) for n in graph)
         first = f"{reason}; so are {number - 1} more" if number > 1 else reason
         return [Finding("float32", node.name or "", first, fix, error=False)]

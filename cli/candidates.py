@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from octavo.passes.base import PassContext
     from octavo.passes.pipeline import Compilation, Pipeline
 
+_WITHOUT_RANGES = (
+    "canonicalize,choose-kernels{weight-only=true,bits=4,block-size=64},insert-fake-quant"
+)
 # A mixture replaces a simpler one when it is faster by more than timing noise.
 _CLEARLY = 1.02
 # Interleaved medians of equal files differ by less than this.
@@ -68,7 +71,7 @@ def fastest(
     """
     first = build("estimated", ctx)
     if not first.options:
-        return first, ("nothing to decide: the model has no node this target computes in int8",)
+        return first, (_undecided(first, ctx),)
     if not measured.request.measure:
         return first, ("latency was not measured: the plan rests on estimates",)
     notes: list[str] = []
@@ -88,6 +91,21 @@ def fastest(
         notes.append("integer kernels are slower than float here: weights are only stored int8")
     best = max(range(len(speeds)), key=lambda k: speeds[k])
     return candidates[best if speeds[best] > _CLEARLY * speeds[0] else 0], tuple(notes)
+
+
+def _undecided(first: Candidate, ctx: PassContext) -> str:
+    """Why no node has an option: no kernels, or none without ranges that data would give."""
+    target = ctx.target
+    supported = (target.support(node, "static").row for node in first.compilation.model.graph)
+    count = sum(row is not None and bool(row.weights) for row in supported)
+    if not count or ctx.calibration is not None:
+        return "nothing to decide: the model has no node this target computes in int8"
+    stays = "float16" if target.half_constants else "float"
+    return (
+        f"no calibration data: {target.name} has no int8 kernels that find ranges at run time, so "
+        f"that all {count} nodes with weights stay {stays}; --calibration DATA gives int8, the "
+        f"pipeline '{_WITHOUT_RANGES}' stores weights in 4 bits without data"
+    )
 
 
 def _measured_cost(first: Candidate, ctx: PassContext, measured: Measured) -> MeasuredCost:

@@ -18,8 +18,17 @@ DEFAULT = "ort-cpu"
 def target_of(name: str) -> Target:
     """The target of a name; UnknownName with near misses."""
     if name not in TARGETS:
-        raise UnknownName("target", name, TARGETS)
+        raise UnknownName("target", name, TARGETS, why=_why_unknown(name))
     return TARGETS[name]
+
+
+def _why_unknown(name: str) -> str:
+    """What a family of targets has instead of a part that it lacks."""
+    family = name.partition("-")[0].partition(":")[0]
+    parts = [known for known in TARGETS if known.startswith(f"{family}-")]
+    if family not in TARGETS or not parts:
+        return ""
+    return f"{family} knows {', '.join(parts)}; '{family}' itself is what all of them run"
 
 
 def backend_of(name: str) -> Backend:

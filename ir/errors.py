@@ -52,12 +52,14 @@ class UsageError(OctavoError):
 class UnknownName(UsageError):
     """A name that does not exist, with the names that look like it."""
 
-    def __init__(self, kind: str, name: str, known: Iterable[str], *, where: str = "") -> None:
+    def __init__(
+        self, kind: str, name: str, known: Iterable[str], *, where: str = "", why: str = ""
+    ) -> None:
         names = sorted(known)
         close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
         shown = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
         hint = f"did you mean {' or '.join(close)}?" if close else f"known: {shown or 'none'}"
-        super().__init__(f"unknown {kind} '{name}'", where=where, hint=hint)
+        super().__init__(f"unknown {kind} '{name}'", where=where, why=why, hint=hint)
 
 
 @final

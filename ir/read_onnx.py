@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from onnx_ir import TensorProtocol
 
 
+# What serialized engines begin with, within so many bytes.
+_ENGINE_MARKS, _HEAD_BYTES = (b"ftrt", b"trtr"), 64
+
+
 def read_onnx(path: Path) -> Model:
     """Read an ONNX file of opset 7 to 26; external data is mapped, never loaded as a whole.
 
@@ -103,10 +107,24 @@ def _parse(path: Path) -> onnx.ModelProto:
 
     if not path.stat().st_size:
         raise ModelError("the file is empty", where=str(path))
+    _refuse_engine(path)
     proto = onnx.ModelProto()
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         proto.ParseFromString(memoryview(content))
     return proto
+
+
+def _refuse_engine(path: Path) -> None:
+    """Raises ModelError for what TensorRT built of a model."""
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+    if any(mark in head for mark in _ENGINE_MARKS):
+        raise ModelError(
+            "a TensorRT engine is no model",
+            where=str(path),
+            why="an engine holds kernels for one GPU and cannot be read back",
+            hint="give the ONNX file that it was built from",
+        )
 
 
 def _file_source(path: Path, inspection: Inspection) -> Source:

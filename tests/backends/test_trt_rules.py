@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from octavo.backends import trt_rtx
 from octavo.backends.trt_commands import profiles
+from octavo.backends.trt_operators import REFUSED
 from octavo.backends.trt_rules import broken_rules
 from octavo.backends.trt_target import PART_OF, TARGETS
 from octavo.ir.read_onnx import read_verbatim
@@ -339,6 +341,16 @@ def test_a_part_decides_about_its_formats(
     without = {name for name, found in rules.items() if "part" in found}
     assert without == {f"tensorrt{part}" for part in lacking}
     assert all(words in rules[name]["part"].fix for name in without)
+
+
+@needs_wheels
+def test_operators_without_an_importer_are_those_of_the_table() -> None:
+    trt = importlib.import_module("tensorrt_rtx_bindings")
+    logger = trt.Logger(trt.Logger.ERROR)
+    parser = trt.OnnxParser(trt.Builder(logger).create_network(0), logger)
+    standard = {schema.name for schema in onnx.defs.get_all_schemas() if not schema.domain}
+    without = {name for name in standard if not parser.supports_operator(name)}
+    assert without == set(REFUSED) & standard
 
 
 def test_float32_is_advice_with_the_number_of_nodes() -> None:

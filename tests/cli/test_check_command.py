@@ -129,6 +129,22 @@ def test_without_wheels_the_rules_are_checked_and_the_rest_is_named(
     assert any("octavo[tensorrt-check]" in text for text in found["unverified"])
 
 
+def test_without_data_it_says_what_was_chosen_and_why(octavo: Octavo, tmp_path: Path) -> None:
+    source, out = shipped("fashion-mobile"), tmp_path / "out"
+    options = ("--target", "tensorrt-sm86", "-c", "none")
+    result = octavo("compile", source, "-o", out, *options)
+    assert result.code == 0
+    weighted = sum(n.op_type in ("Conv", "Gemm") for n in public.read(source).graph)
+    said = " ".join(result.out.split())
+    for text in (
+        "no calibration data: tensorrt-sm86 has no int8 kernels that find ranges at run time",
+        f"all {weighted} nodes with weights stay float16",
+        "--calibration DATA gives int8",
+        "'canonicalize,choose-kernels{weight-only=true,bits=4,block-size=64},insert-fake-quant'",
+    ):
+        assert text in said
+
+
 def test_what_the_parser_rejects_is_named_with_a_remedy(octavo: Octavo, tmp_path: Path) -> None:
     import onnx
     import onnx.parser
