@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import onnx_ir
 
     from octavo.ir.axis_groups import AxisGroup
+    from octavo.ir.axis_links import Axis
     from octavo.ir.model import Model
     from octavo.passes.base import PassContext
     from octavo.passes.prune_units import Pruner
@@ -93,56 +95,75 @@ def output_loss(pruner: Pruner, samples: int) -> Callable[[Model], float] | None
 @final
 @dataclass(frozen=True)
 class Work:
-    """Multiply-accumulates of a model by node, and which axes of what they multiply can shrink.
+    """What shrinks with the units of groups: multiply-accumulates of nodes, or sizes of constants.
 
-    `axes` by node: per axis its size, and by group the indices that one unit has along it.
+    `whole` by name, and `axes` whose sizes that is a product of, as far as units divide them: per
+    axis its size, and by group the indices that one unit has along it.
     """
 
-    macs: Mapping[str, int]
+    whole: Mapping[str, int]
     axes: Mapping[str, Sequence[tuple[int, Mapping[str, float]]]]
     units: Mapping[str, int]
 
     @staticmethod
     def of(model: Model, ctx: PassContext, groups: Mapping[str, AxisGroup]) -> Work:
+        """Multiply-accumulates by node."""
         nodes = {node.name or "": node for node in model.graph}
         macs = {name: ctx.cost.macs(node) for name, node in nodes.items()}
         macs = {name: count for name, count in macs.items() if count}
-        sizes = {name: value.shape for name, value in values_by_name(model).items()}
+        known = {name for name, value in values_by_name(model).items() if value.shape is not None}
+        multiplied = {
+            name: [axis for axis in _multiplied(nodes[name]) if axis[0] in known] for name in macs
+        }
+        return Work._along(macs, multiplied, groups)
+
+    @staticmethod
+    def parameters(model: Model, groups: Mapping[str, AxisGroup]) -> Work:
+        """Numbers in constants of floats, by the constant; one that nodes share counts once."""
+        shapes = {
+            name: tuple(value.const_value.shape.numpy())
+            for name, value in values_by_name(model).items()
+            if value.const_value is not None and value.const_value.dtype.is_floating_point()
+        }
+        sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+        axes = {name: [(name, axis) for axis in range(len(dims))] for name, dims in shapes.items()}
+        return Work._along(sizes, axes, groups)
+
+    @staticmethod
+    def _along(
+        whole: Mapping[str, int],
+        multiplied: Mapping[str, Sequence[Axis]],
+        groups: Mapping[str, AxisGroup],
+    ) -> Work:
         axes: dict[str, list[tuple[int, Mapping[str, float]]]] = {}
-        for node in macs:
-            for tensor, axis in _multiplied(nodes[node]):
-                shape = sizes.get(tensor)
+        for name, axis in ((name, axis) for name, some in multiplied.items() for axis in some):
+            labels = {n: g.labels[axis] for n, g in groups.items() if axis in g.labels}
+            if labels:
                 per_unit = {
-                    name: float(np.count_nonzero(group.labels[tensor, axis] >= 0)) / group.units
-                    for name, group in groups.items()
-                    if (tensor, axis) in group.labels
+                    n: float(np.count_nonzero(own >= 0)) / groups[n].units
+                    for n, own in labels.items()
                 }
-                if per_unit and shape is not None:
-                    size = max(
-                        group.labels[tensor, axis].size
-                        for group in groups.values()
-                        if (tensor, axis) in group.labels
-                    )
-                    axes.setdefault(node, []).append((size, per_unit))
-        return Work(macs, axes, {name: group.units for name, group in groups.items()})
+                size = max(own.size for own in labels.values())
+                axes.setdefault(name, []).append((size, per_unit))
+        return Work(whole, axes, {name: group.units for name, group in groups.items()})
 
     @property
     def total(self) -> int:
-        return sum(self.macs.values())
+        return sum(self.whole.values())
 
     def left(self, kept: Widths) -> float:
-        """Multiply-accumulates when some groups keep fewer units."""
-        return sum(self.left_of(node, kept) for node in self.macs)
+        """What is left of all when some groups keep fewer units."""
+        return sum(self.left_of(name, kept) for name in self.whole)
 
-    def left_of(self, node: str, kept: Widths) -> float:
-        """Those of one node."""
-        gone = {name: self.units[name] - count for name, count in kept.items()}
-        return self.macs.get(node, 0) * self._share(node, gone)
+    def left_of(self, name: str, kept: Widths) -> float:
+        """What is left of one."""
+        gone = {group: self.units[group] - count for group, count in kept.items()}
+        return self.whole.get(name, 0) * self._share(name, gone)
 
-    def _share(self, node: str, gone: Mapping[str, int]) -> float:
+    def _share(self, name: str, gone: Mapping[str, int]) -> float:
         share = 1.0
-        for size, per_unit in self.axes.get(node, ()):
-            share *= 1 - sum(gone.get(name, 0) * each for name, each in per_unit.items()) / size
+        for size, per_unit in self.axes.get(name, ()):
+            share *= 1 - sum(gone.get(n, 0) * each for n, each in per_unit.items()) / size
         return share
 
 

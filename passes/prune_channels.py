@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, final
+from typing import TYPE_CHECKING, final
 
 from octavo.ir.reference import Original
 from octavo.passes.base import Pass
 from octavo.passes.prune_ranking import Score
 from octavo.passes.prune_units import Repair
-from octavo.passes.pruning import Pruning
+from octavo.passes.pruning import Of, Pruning
 
 if TYPE_CHECKING:
     from octavo.ir.model import Model
@@ -23,12 +23,12 @@ class PruneChannels(Pass):
 
     **What it does.** Finds which axes of which tensors have to shrink together, through residuals,
     depthwise convolutions, concatenation, reshapes and recurrences, and removes a share `ratio`
-    of the `units` of every set of groups of the same structure, or of the model's `macs`
-    (`of`); `heads` lets whole attention heads go too. Within a group the order is that of
-    `score`: `surgeon` removes what the layers behind can make up for best, `magnitude` looks at
-    weights, `activation` at ‖W·X‖, `taylor` at the loss by a gate's gradient, `kprune` at both.
-    Between groups it is measured what each width of each group does to the outputs. Widths are
-    multiples of `round-to`. `repair=least-squares` then fits every linear layer to its original
+    of the `units` of every set of groups of the same structure, or of the model's `macs` or
+    `parameters` (`of`); `heads` lets whole attention heads go too. Within a group the order is
+    that of `score`: `surgeon` removes what the layers behind can make up for best, `magnitude`
+    looks at weights, `activation` at ‖W·X‖, `taylor` at the loss by a gate's gradient, `kprune` at
+    both. Between groups it is measured what each width of each group does to the outputs. Widths
+    are multiples of `round-to`. `repair=least-squares` then fits every linear layer to its original
     output on what it reads now, first to last; `closed-form` fits the layers right behind by
     second moments that follow from the weights before them, without data.
     **Why.** A layer with half of the channels takes half of the time on any runtime.
@@ -44,7 +44,7 @@ class PruneChannels(Pass):
     produces = (Original,)
 
     ratio: float = 0.3
-    of: Literal["units", "macs"] = "units"
+    of: Of = "units"
     score: Score = "surgeon"
     repair: Repair = "least-squares"
     heads: bool = False

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from octavo.passes.prune_allocation import Width
     from octavo.passes.prune_ranking import Score
 
+Of = Literal["units", "macs", "parameters"]
+
 # Samples that damage of a single group is measured on.
 _MEASURED_SAMPLES = 128
 
@@ -33,7 +35,7 @@ class Pruning:
     name: str
     kinds: tuple[Kind, ...]
     ratio: float
-    of: Literal["units", "macs"]
+    of: Of
     score: Score
     repair: Repair
     round_to: int
@@ -58,15 +60,21 @@ class Pruning:
         removed = {name: pruner.removed(name, count) for name, count in kept.items()}
         smaller = pruner.pruned(removed)
         pruner.cut(smaller, removed)
-        work = Work.of(model, ctx, pruner.groups)
+        work = self._work(model, ctx, pruner)
         for name, count in kept.items():
             group = pruner.groups[name]
             ctx.count("units removed", group.units - count)
             text = f"{count} of {group.units} {_UNITS[group.kind]} stay"
             ctx.remark("applied", name.partition("#")[0], text, kept=count, units=group.units)
         share = work.left(kept) / max(work.total, 1)
-        ctx.remark("note", "", f"{share:.1%} of the multiply-accumulates are left", macs=share)
+        what = "parameters" if self.of == "parameters" else "multiply-accumulates"
+        ctx.remark("note", "", f"{share:.1%} of the {what} are left", left=share)
         return with_original(smaller, model)
+
+    def _work(self, model: Model, ctx: PassContext, pruner: Pruner) -> Work:
+        if self.of == "parameters":
+            return Work.parameters(model, pruner.groups)
+        return Work.of(model, ctx, pruner.groups)
 
     def _check(self) -> None:
         where = f"{self.name}{{ratio={self.ratio:g}}}"
@@ -136,8 +144,8 @@ class Pruning:
                 where=model.source.name,
                 hint="round-to=1 removes single units",
             )
-        if self.of == "macs":
-            work = Work.of(model, ctx, pruner.groups)
+        if self.of != "units":
+            work = self._work(model, ctx, pruner)
             kept = allocate(
                 found,
                 {name: pruner.groups[name].units for name in found},

@@ -170,6 +170,10 @@ def test_predicted_work_is_that_of_the_smaller_model(name: str, pass_context: Pa
     work = Work.of(model, pass_context, pruner.groups)
     assert work.left(kept) == pytest.approx(Work.of(smaller, pass_context, {}).total, rel=1e-9)
     assert work.total == sum(pass_context.cost.macs(node) for node in model.graph)
+    numbers = Work.parameters(model, pruner.groups)
+    stored = [v.const_value for v in smaller.graph.initializers.values() if v.const_value]
+    left = sum(t.size for t in stored if t.dtype.is_floating_point())
+    assert numbers.left(kept) == pytest.approx(left, rel=1e-9)
 
 
 def test_pruned_model_computes_what_the_smaller_one_does(
