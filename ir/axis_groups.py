@@ -231,13 +231,23 @@ _RANK: Sequence[Kind] = ("channels", "dimensions", "heads")
 
 
 def _kind(node: onnx_ir.Node, labels: Mapping[Axis, Index]) -> Kind:
-    if node.op_type != "MatMul" or any(v is None or v.const_value for v in node.inputs):
+    """What the units are for a product of two activations that touches them."""
+    if node.op_type != "MatMul" or any(v is None or _is_constant(v) for v in node.inputs):
         return "channels"
-    rank = len(node.outputs[0].shape or ())
-    axes = {a for v in (*node.inputs, node.outputs[0]) for b, a in labels if v and v.name == b}
+    axes = [(value, axis) for value, axis in _axes(node) if (value.name or "", axis) in labels]
     if not axes:
         return "channels"
-    return "heads" if min(axes) < rank - 2 else "dimensions"
+    within = all(axis >= len(value.shape or ()) - 2 for value, axis in axes)
+    return "dimensions" if within else "heads"
+
+
+def _is_constant(value: onnx_ir.Value) -> bool:
+    """Whether a value is a constant, or one turned as a head that shares the embedding's is."""
+    if value.const_value is not None:
+        return True
+    node = value.producer()
+    read = node.inputs[0] if node is not None and node.op_type == "Transpose" else None
+    return read is not None and _is_constant(read)
 
 
 def _gives(node: onnx_ir.Node, labels: Mapping[Axis, Index]) -> bool:

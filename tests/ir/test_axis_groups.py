@@ -206,6 +206,12 @@ def test_refusals_say_why(name: str, reason: str) -> None:
     assert any(reason in refusal.reason for refusal in refused)
 
 
+def test_a_head_that_shares_the_embedding_is_no_product_of_activations() -> None:
+    text = "h = Gather (w_9x6, x)  t = Transpose (w_9x6)  y = MatMul (h, t)"
+    (group,) = axis_groups(parsed("(int64[N,S] x) => (float[N,S,9] y)", text)).groups
+    assert (group.kind, group.units) == ("channels", 6)
+
+
 def test_graph_outputs_and_unknown_operators_stay() -> None:
     text = "h = MatMul (x, w_4x8)  i = NonZero (h)  y = MatMul (h, w_8x3)"
     found = axis_groups(parsed("(float[N,4] x) => (float[N,3] y, int64[2,M] i)", text))
