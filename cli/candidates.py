@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, final
 
+from octavo.cli.faithful import faithful
 from octavo.ir.cost import AnalyticCost, MeasuredCost
 from octavo.ir.facts import Plan
 
 if TYPE_CHECKING:
     from octavo.cli.measured import Measured
     from octavo.ir.artifact import Artifact, PlannedNode
+    from octavo.ir.model import Model
     from octavo.passes.base import PassContext
     from octavo.passes.pipeline import Compilation, Pipeline
 
@@ -63,17 +65,25 @@ def options_of(plan: Plan) -> dict[str, str]:
 
 
 def fastest(
-    build: Build, decide: Callable[[PassContext], Plan], ctx: PassContext, measured: Measured
+    build: Build,
+    decide: Callable[[PassContext], Plan],
+    base: Model,
+    ctx: PassContext,
+    measured: Measured,
 ) -> tuple[Candidate, tuple[str, ...]]:
     """The fastest faithful candidate, and what the search found, in sentences.
 
-    `decide` makes a plan and nothing else; only a new one is worth building.
+    `decide` makes a plan of `base` and nothing else; only a new one is worth building.
     """
     first = build("estimated", ctx)
     if not first.options:
         return first, (_undecided(first, ctx),)
     if not measured.request.measure:
-        return first, ("latency was not measured: the plan rests on estimates",)
+        said = ("latency was not measured: the plan rests on estimates",)
+        if measured.backend.times:
+            return first, said
+        kept, why = faithful(build, base, ctx, measured, first)
+        return kept, (*said, *why)
     notes: list[str] = []
     if first.has("dynamic") and not first.has("static"):
         first = _faithful_without_data(build, ctx, measured, first, notes)

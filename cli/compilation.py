@@ -265,7 +265,7 @@ class _Job:
             model = Pipeline(after.passes[:1]).run(base.model, context).model
             return model.find(Plan) or Plan({}, "")
 
-        best, notes = fastest(build, decide, ctx, measured)
+        best, notes = fastest(build, decide, base.model, ctx, measured)
         best = self.finish(best, ctx)
         proven = self._prove(best, measured, (*notes, *measured.backend.notes()))
         return replace(
