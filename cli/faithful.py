@@ -46,8 +46,8 @@ def faithful(
         if after <= LARGEST_ERROR:
             break
     note = (
-        f"integer kernels everywhere move the outputs by {before:.3f}: the {kept} node(s) that cost "
-        f"most for the time they save stay float, {after:.3f} is left"
+        f"integer kernels everywhere move the outputs by {before:.3f}: the {kept} node(s) that "
+        f"cost most for the time they save stay float, {after:.3f} is left"
     )
     return best, (note,) if kept else ()
 
