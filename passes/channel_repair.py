@@ -96,7 +96,10 @@ class ChannelRepair:
                 (model, [a.last for a in layers]),
             )
         ]
-        walks = [Walk(m, self.ctx.evaluator, feeds, self.ctx.workdir) for m in (reference, model)]
+        ctx = self.ctx
+        walks = [
+            Walk(of, ctx.evaluator, feeds, ctx.executor, ctx.workdir) for of in (reference, model)
+        ]
         rewrite, corrected = Rewrite(model, self.ctx), 0
         for done, (layer, *pair) in enumerate(zip(layers, *paths, strict=True), start=1):
             for walk, segment in zip(walks, pair, strict=True):
@@ -152,13 +155,13 @@ class ChannelRepair:
         assert self.ctx.calibration is not None
         held_out = Part(self.ctx.calibration, 1)
         damage = OutputDamage.of(reference)
-        truth, old, new = (self.ctx.evaluator.load(m) for m in (reference, before, after))
+        runs = [self.ctx.evaluator.load(each) for each in (reference, before, after)]
         names = [value.name or "" for value in reference.graph.inputs]
         found: list[tuple[Float64, Float64]] = []
         for feed in first_samples(held_out, samples):
             fed, count = {name: feed[name] for name in names}, samples_of(feed)
-            expected = truth(fed)
-            first, second = (damage.per_sample(expected, run(fed), count) for run in (old, new))
+            expected, *made = self.ctx.executor.map(lambda run, fed=fed: run(fed), runs)
+            first, second = (damage.per_sample(expected, each, count) for each in made)
             found.append((first, second))
         lost, left = (float(np.concatenate(some).mean()) for some in zip(*found, strict=True))
         text = f"{damage.text}: {lost:.4g} before, {left:.4g} after"

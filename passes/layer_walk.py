@@ -12,6 +12,7 @@ from octavo.ir.extract import extract, read_by
 from octavo.passes.suffix import Flow
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
     from pathlib import Path
 
     import onnx_ir
@@ -94,6 +95,7 @@ class Walk:
     model: Model
     evaluator: Evaluator
     feeds: Sequence[Feed]
+    executor: Executor
     folder: Path
     alive: dict[tuple[int, str], Array] = field(default_factory=dict)
 
@@ -104,8 +106,8 @@ class Walk:
             part = extract(self.model, segment.reads, segment.gives)
             run = self.evaluator.load(part)
             needed = [value.name or "" for value in part.graph.inputs]
-            for index in range(len(self.feeds)):
-                made = run({name: self.read(index, name) for name in needed})
+            fed = [{n: self.read(k, n) for n in needed} for k in range(len(self.feeds))]
+            for index, made in enumerate(self.executor.map(run, fed)):
                 for name in segment.gives:
                     self._keep(index, name, made[name])
 

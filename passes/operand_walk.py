@@ -42,7 +42,8 @@ class OperandWalk:
         for names, found in zip(by_maker.values(), segments(model, stops), strict=True):
             by_value |= dict.fromkeys(names, _with_values(found, names))
         last = frozenset(names[-1] for names in by_maker.values())
-        return OperandWalk(Walk(model, ctx.evaluator, feeds, ctx.workdir), by_value, last)
+        walk = Walk(model, ctx.evaluator, feeds, ctx.executor, ctx.workdir)
+        return OperandWalk(walk, by_value, last)
 
     def reach(self, value: str) -> None:
         """Compute a value for every feed, unless it is an input."""

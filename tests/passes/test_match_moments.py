@@ -377,7 +377,7 @@ def test_a_walk_runs_every_node_once_and_forgets(
     assert ctx.calibration is not None
     feeds: list[Feed] = list(ctx.calibration)
     path = segments(model, stops)
-    walk = Walk(model, ctx.evaluator, feeds, ctx.workdir)
+    walk = Walk(model, ctx.evaluator, feeds, ctx.executor, ctx.workdir)
     read_values = value_reader(model, ctx.evaluator, _LAYERS.values())
     for segment in path:
         walk.step(segment)
