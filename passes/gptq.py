@@ -69,7 +69,7 @@ class RowGrid:
     @property
     def shared(self) -> bool:
         """Whether rows share scales."""
-        return np.unique(self.cells.index).size < self.cells.index.size
+        return self.cells.shared
 
 
 def codes_of(real: Float32, scale: Float32, zero: Float32, spec: QuantSpec) -> Float32:
@@ -161,9 +161,7 @@ def gptq(weight: Float32, factor: Factor, grid: RowGrid) -> Float32:
     """
     groups, rows, width = weight.shape
     order = factor.order
-    real = np.ascontiguousarray(
-        np.take_along_axis(weight, order[:, None, :], axis=2).transpose(0, 2, 1)
-    )
+    real = _of_columns(weight, order)
     error, codes = np.empty_like(real), np.empty_like(real)
     block = grid.cells.block[order]
     if grid.table is not None:
@@ -187,15 +185,15 @@ def gptq(weight: Float32, factor: Factor, grid: RowGrid) -> Float32:
                 target[:, k] += np.matmul(own[:, k, None, :k], error[:, start:at])[:, 0]
             codes[:, at] = rounding(target[:, k], scale[:, k], zero[:, k])
             error[:, at] = real[:, at] - (codes[:, at] - zero[:, k]) * scale[:, k]
-    back = np.empty((groups, rows, width), np.float32)
-    np.put_along_axis(back, order[:, None, :], codes.transpose(0, 2, 1), axis=2)
-    return back
+    back = np.empty((groups, width, rows), np.float32)
+    back[np.arange(groups)[:, None], order] = codes
+    return np.ascontiguousarray(back.transpose(0, 2, 1))
 
 
-def _of_columns(array: Float32, block: Index) -> Float32:
-    """Of `[groups, N, blocks]`, what columns with blocks `[groups, n]` take: `[groups, n, N]`."""
-    taken = np.take_along_axis(array, block[:, None, :], axis=2)
-    return np.ascontiguousarray(taken.transpose(0, 2, 1))
+def _of_columns(array: Float32, index: Index) -> Float32:
+    """Of `[groups, N, K]`, columns with an index `[groups, n]`, as rows: `[groups, n, N]`."""
+    turned = np.ascontiguousarray(array.transpose(0, 2, 1))
+    return turned[np.arange(len(turned))[:, None], index]
 
 
 def row_errors(error: Float32, second: Float32) -> Float64:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, final
 
 import numpy as np
@@ -42,6 +43,11 @@ class Cells:
 
     index: Index
     block: Index
+
+    @cached_property
+    def shared(self) -> bool:
+        """Whether rows share scales."""
+        return np.unique(self.index).size < self.index.size
 
     def spread(self, array: NDArray[np.generic]) -> Array:
         """Numbers in the shape of the granularity as `[groups, N, blocks]`."""
