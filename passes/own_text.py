@@ -49,7 +49,7 @@ class OwnText:
         seconds: float,
         progress: Callable[[int, int], None],
     ) -> tuple[list[Feed], bool]:
-        """Feeds of a few texts each, and whether the clock cut them; at least one feed of eight.
+        """Feeds of texts, and whether the clock cut them; at least as many as are written at once.
 
         Raises CalibrationError where the model gives no finite logits.
         """
@@ -66,7 +66,7 @@ class OwnText:
 
             share = seconds * (done + 1) / rounds
             ids, cut = self._texts(batch, rng, begun + share, step)
-            feeds.append(self._whole(ids))
+            feeds += self._whole(ids)
             late = late or cut
         return feeds, late
 
@@ -91,10 +91,14 @@ class OwnText:
     def _most(self) -> int:
         return min(self.length, self.inputs.fixed_length or self.length)
 
-    def _whole(self, ids: Ids) -> Feed:
-        """What the finished texts are fed as: padded to a fixed length, with an empty cache."""
+    def _whole(self, ids: Ids) -> list[Feed]:
+        """What finished texts are fed as: padded to a fixed length, with an empty cache.
+
+        One by one where the graph allows it, as a large model's values of several take memory.
+        """
         writer = _Writer(self.inputs, self.run)
-        return writer.feed(ids, {})
+        rows = [ids] if self.inputs.fixed_batch else np.split(ids, len(ids))
+        return [writer.feed(row, {}) for row in rows]
 
 
 @final

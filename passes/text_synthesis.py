@@ -47,6 +47,8 @@ class TextSynthesis:
         writes = text_logits(self.inputs, run(empty_feed(self.inputs, feeds.words[:8])))
         causal = writes and is_causal(self.inputs, run, feeds.words, rng)
         if causal:
+            # Another session takes its place.
+            del run
             return self._written(feeds)
         return self._random(feeds, run if writes and vocabulary.mask is not None else None)
 

@@ -258,7 +258,7 @@ def test_a_cache_is_carried_from_step_to_step(pass_context: PassContext) -> None
     ids = np.concatenate([feed["input_ids"] for feed in data.feeds])
     # Behind t tokens the cache holds t - 1 of them.
     np.testing.assert_array_equal(np.diff(ids, axis=1) % ROWS, np.tile(np.arange(11), (32, 1)))
-    assert data.feeds[0]["past"].shape == (8, 1, 0, 1)
+    assert data.feeds[0]["past"].shape == (1, 1, 0, 1)
 
 
 def test_the_clock_cuts_text_and_says_so(pass_context: PassContext) -> None:
