@@ -75,7 +75,7 @@ class Spectrum:
             seen = wide if moment is None else wide @ _root(moment)
             directions, singular, _ = np.linalg.svd(seen, full_matrices=False)
             power = np.square(singular)
-        return Spectrum(wide, _with_sign(directions), np.maximum(power, 0.0), whole)
+        return Spectrum(wide, with_sign(directions), np.maximum(power, 0.0), whole)
 
     @property
     def full(self) -> int:
@@ -133,7 +133,7 @@ def _power(weight: Float64, second: Matrix | None) -> float:
     return max(float(np.einsum("nk,nk->", seen, weight)), 0.0)
 
 
-def _with_sign(directions: Float64) -> Float64:
+def with_sign(directions: Float64) -> Float64:
     """Directions whose largest entry is positive: a solver may return either."""
     largest = np.abs(directions).argmax(axis=0, keepdims=True)
     found: Float64 = directions * np.where(np.take_along_axis(directions, largest, 0) < 0, -1, 1)

@@ -28,6 +28,7 @@ from octavo.passes.prune_weights import PruneWeights
 from octavo.passes.recover import Recover
 from octavo.passes.refine import Refine
 from octavo.passes.repair_low_rank import RepairLowRank
+from octavo.passes.rotate_residual import RotateResidual
 from octavo.passes.round_gptq import RoundGptq
 from octavo.passes.round_learned import RoundLearned
 from octavo.passes.round_nupes import RoundNupes
@@ -44,6 +45,7 @@ PASSES: Mapping[str, type[Pass]] = {
     pass_.name: pass_
     for pass_ in (
         Canonicalize,
+        RotateResidual,
         PruneHeads,
         PruneChannels,
         FoldScales,

@@ -70,6 +70,7 @@ REPAIRED_RMS = 0.1
 STRUCTURE = {
     "factor-low-rank": ("{energy=0.99999999,multiple=1}", 1e-3),
     "prune-weights": ("{sparsity=1e-9,allocation=uniform}", 1e-4),
+    "rotate-residual": ("", 1e-4),
 }
 # Passes that leave out a part of the model whatever their options: tests of their own hold them.
 LOSSY = ("apply-structure", "drop-blocks", "prune-channels", "prune-heads")
