@@ -102,9 +102,8 @@ def surgeon(
     while left.size > 1:
         cost = np.sum([state.costs(left) for state in states], axis=0)
         chosen = np.argsort(cost, kind="stable")[: min(at_once, left.size - 1)]
-        for unit in left[chosen]:
-            for state in states:
-                state.remove(int(unit))
+        for state in states:
+            state.remove(left[chosen])
         order.extend(left[chosen].tolist())
         costs.extend(cost[chosen].tolist())
         left = np.delete(left, chosen)
@@ -141,8 +140,9 @@ class _State:
         solved = np.linalg.solve(inner, part)
         return np.asarray(np.einsum("gukn,gukn->u", part, solved) / self.power)
 
-    def remove(self, unit: int) -> None:
-        own = self.columns[unit]
+    def remove(self, units: Index) -> None:
+        """Eliminate some units at once, which gives what one after the other does."""
+        own = self.columns[units].reshape(-1)
         inner = self.inverse[:, own[:, None], own[None, :]]
         across = self.inverse[:, own, :]
         share = np.linalg.solve(inner, across)
@@ -150,6 +150,7 @@ class _State:
         self.inverse -= across.transpose(0, 2, 1) @ share
         # What rounding leaves of a removed unit must not look like a cheap one.
         self.weight[:, :, own] = 0
+        self.inverse[:, own, :] = self.inverse[:, :, own] = 0
         self.inverse[:, own, own] = 1
 
 
