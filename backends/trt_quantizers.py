@@ -81,6 +81,12 @@ class _Quantizer:
         return value.dtype.name if value is not None and value.dtype is not None else ""
 
     @property
+    def makes_scales(self) -> bool:
+        """Whether other DQs read what it makes as their scales, and nobody else does."""
+        uses = list(self.node.outputs[0].uses())
+        return bool(uses) and all(u.node.op_type == _DQ and u.idx == 1 for u in uses)
+
+    @property
     def block(self) -> int:
         return self.node.attributes.get_int("block_size", 0)
 
@@ -105,6 +111,8 @@ class _Quantizer:
             fix = "use INT8, or INT4 for weights alone"
             yield self._error("type", f"codes of type {codes}", fix)
         elif (codes == _FP8 and not part.fp8) or (codes == _FP4 and not part.nvfp4):
+            if self.makes_scales:  # whose codes are what a part has or has not
+                return
             reason = f"{codes} does not run on {part.name}"
             yield self._error("part", reason, _other_part(codes))
         elif codes == _INT4 and (self.node.op_type == _Q or self.data is None):

@@ -327,17 +327,25 @@ def test_a_file_that_the_compiler_crashes_on_is_a_finding(written: Callable[[Net
 
 
 @pytest.mark.parametrize(
-    ("make", "lacking", "words"),
+    ("make", "count", "lacking", "words"),
     [
-        (fp8, {"", "-sm80", "-sm86"}, "use INT8 here, or check for a part that has it: sm89, sm90"),
-        (nvfp4, {"", "-sm80", "-sm86", "-sm89", "-sm90"}, "use INT4 in blocks of 64 or 128"),
+        # Q and DQ of the activation, DQ of the weight.
+        (fp8, 3, {"", "-sm80", "-sm86"}, "use INT8 here, or check for a part that has it: sm89"),
+        # One word on a weight: its scales are part of it.
+        (nvfp4, 1, {"", "-sm80", "-sm86", "-sm89", "-sm90"}, "use INT4 in blocks of 64 or 128"),
     ],
 )
 def test_a_part_decides_about_its_formats(
-    make: Callable[[], Net], lacking: set[str], words: str, written: Callable[[Net], Path]
+    make: Callable[[], Net],
+    count: int,
+    lacking: set[str],
+    words: str,
+    written: Callable[[Net], Path],
 ) -> None:
     path = written(make())
-    rules = {name: {f.rule: f for f in broken_rules(path, TARGETS[name])} for name in TARGETS}
+    found = {name: broken_rules(path, TARGETS[name]) for name in TARGETS}
+    rules = {name: {f.rule: f for f in own} for name, own in found.items()}
+    assert {sum(f.rule == "part" for f in own) for own in found.values()} == {0, count}
     without = {name for name, found in rules.items() if "part" in found}
     assert without == {f"tensorrt{part}" for part in lacking}
     assert all(words in rules[name]["part"].fix for name in without)
