@@ -18,6 +18,7 @@ from octavo.ir.facts import Fact
 from octavo.ir.moments import Moment, Moments, weight_key
 from octavo.ir.reference import Reference
 from octavo.passes.base import Pass
+from octavo.passes.groups import weight_row
 from octavo.passes.operand_walk import OperandWalk
 from octavo.passes.weight_matrix import WeightMatrix, operand, why_no_matrix
 from octavo.passes.weight_quantizers import weight_quantizers
@@ -190,7 +191,7 @@ def _quantized(model: Model) -> list[tuple[str, int]]:
 
 def quantizable(model: Model, ctx: PassContext) -> list[tuple[str, int]]:
     """The weights that the target could store in fewer bits."""
-    rows = ((node, ctx.target.support(node, "storage").row) for node in model.graph)
+    rows = ((node, weight_row(node, ctx.target)) for node in model.graph)
     return [(n.name or "", index) for n, row in rows if row is not None for index in row.weights]
 
 

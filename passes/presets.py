@@ -17,7 +17,7 @@ PRESETS: Mapping[str, str] = {
     ),
     "nvfp4": (
         "canonicalize,calibrate,collect-moments,choose-kernels{static=false,float4=true},"
-        "insert-fake-quant,clip-weights,round-gptq"
+        "insert-fake-quant,clip-weights,round-gptq,match-moments"
     ),
     "int8-analytic": "canonicalize,bound-ranges,choose-kernels,place-quantizers,insert-fake-quant",
     "mixed": (

@@ -231,6 +231,22 @@ def test_bytes_of_float4_weights_are_those_of_the_file(
         assert weight_bytes(nodes[name], (1,), option) == written
 
 
+def test_gptq_knows_what_float4_weights_multiply(calibrated: Calibrated, feed_of: Feeds) -> None:
+    source = read(shipped("fashion-vit"))
+    feed = feed_of(source, 16)
+    run = OrtEvaluator(threads=1).run
+    errors = {}
+    for name, text in (
+        ("nearest", "canonicalize,choose-kernels{static=false,float4=true},insert-fake-quant"),
+        ("gptq", preset("nvfp4")),
+    ):
+        ctx = calibrated(source, target=_SM120)
+        errors[name] = _error(
+            run(Pipeline.parse(text).run(source, ctx).model, feed), run(source, feed)
+        )
+    assert errors["gptq"] < 0.75 * errors["nearest"]
+
+
 def _varint(number: int) -> int:
     return max(1, -(-number.bit_length() // 7))
 
