@@ -64,11 +64,15 @@ def _runtime() -> tuple[Any, Any]:
 
 def _refused(error: Any) -> Finding:
     """A parser error: the node it names, and what it says."""
-    reason = " ".join(str(error.desc()).split())
+    reason, operator = " ".join(str(error.desc()).split()), str(error.node_operator())
     name = str(error.node_name())
     fix = "leave the operator out of the model, or replace it before compiling"
-    if operator := re.search(r"No importer registered for op: (\w+)", reason):
-        fix = f"replace {operator[1]}: canonicalize folds norms, Gelu and shape arithmetic"
+    if "No importer registered" in reason or reason == "false":
+        reason = f"the parser has no importer for {operator}"
+        fix = f"replace {operator}: canonicalize folds norms, Gelu and shape arithmetic"
+    elif "Plugin not found" in reason:
+        reason = f"the parser takes {operator} for a plugin, and there is none of that name"
+        fix = "export it as standard operators, or build with the plugin"
     return Finding("parser", "" if name.startswith(_UNNAMED) else name, reason, fix)
 
 

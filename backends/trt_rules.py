@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from octavo.ir.target import Target
 
+_MICROSOFT = "com.microsoft"
 _QUANTIZE = ("QuantizeLinear", "DequantizeLinear")
 _HEAVY = ("Conv", "ConvTranspose", "MatMul", "Gemm", "LSTM", "GRU", "RNN")
 
@@ -79,9 +80,11 @@ def _operator(node: onnx_ir.Node, functions: set[tuple[str, str]]) -> Iterator[F
         yield Finding("operator", name, f"{node.op_type}: {why}", fix)
     elif node.domain not in ("", "ai.onnx") and node.op_type not in _QUANTIZE:
         reason = f"{node.domain}::{node.op_type} is no standard operator"
-        fix = f"{COMPILE}: it writes standard operators (ort-cpu: --portable)"
+        fix = "export it as standard operators, or build with a plugin of that name"
+        if node.domain == _MICROSOFT:
+            fix = f"{COMPILE}: it writes standard operators (ort-cpu: --portable)"
         yield Finding("operator", name, reason, fix)
-    elif node.domain == "com.microsoft":
+    elif node.domain == _MICROSOFT:
         reason = f"{node.domain}::{node.op_type} parses, and standard Q and DQ do as well"
         fix = "write the standard operator: other versions may not know this one"
         yield Finding("operator", name, reason, fix, error=False)

@@ -318,6 +318,39 @@ def test_float4_has_rules_of_its_own(
             assert bool(found) == refused, found
 
 
+def foreign() -> Net:
+    net = Net()
+    net.extra.append(oh.make_opsetid("my.ops", 1))
+    net.add("Magic", ["x"], "y", domain="my.ops")
+    return net
+
+
+def without_importer() -> Net:
+    net = Net()
+    net.add("Unique", ["x"], "y")
+    return net
+
+
+@needs_wheels
+@pytest.mark.parametrize(
+    ("make", "reason", "fix"),
+    [
+        (foreign, "takes Magic for a plugin", "export it as standard operators"),
+        (without_importer, "has no importer for Unique", "replace Unique"),
+    ],
+)
+def test_the_parser_names_the_operator_it_refuses(
+    make: Callable[[], Net], reason: str, fix: str, written: Callable[[Net], Path]
+) -> None:
+    path = written(make())
+    (found,) = trt_rtx.build(path, PART_OF["tensorrt-sm86"], profiles(read_verbatim(path)))
+    assert (found.rule, found.node) == ("parser", "y")
+    assert reason in found.reason
+    assert fix in found.fix
+    (own,) = (f for f in broken_rules(path, _SM86) if f.error)
+    assert own.rule == "operator"
+
+
 @needs_wheels
 def test_a_file_that_the_compiler_crashes_on_is_a_finding(written: Callable[[Net], Path]) -> None:
     path = written(nvfp4_with_int8())
