@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from octavo.ir.model import Model
 
 _BENCH_SECONDS = 0.3
+# A plan that is built again because of noise may be a much worse one.
+_BUDGET_SECONDS = 2.0
 
 
 @final
@@ -68,6 +70,11 @@ class Measured:
         self._store(key, speeds)
         return speeds
 
+    def share(self, artifact: Artifact, seconds: Callable[[float], float]) -> float:
+        """What an artifact takes of a budget, which may depend on the source's seconds."""
+        source, own = self._bench([artifact], _BUDGET_SECONDS).rows
+        return source.median_seconds / own.speed / seconds(source.median_seconds)
+
     def final_bench(self, best: Artifact) -> Bench:
         """The latency the output reports: of this process, never from the cache."""
         done = self.benches.get(best.path) or self._bench([best])
@@ -100,7 +107,7 @@ class Measured:
         """The outputs of the source for the probes."""
         return tuple(self.evaluator.outputs(self.model, self.probes))
 
-    def _bench(self, artifacts: Sequence[Artifact]) -> Bench:
+    def _bench(self, artifacts: Sequence[Artifact], seconds: float = _BENCH_SECONDS) -> Bench:
         files = [artifact.path for artifact in artifacts]
         backend, threads = self.backend, self.request.threads
         measured = (
@@ -108,7 +115,7 @@ class Measured:
                 [self.source, *files],
                 self.feed,
                 threads=threads,
-                seconds_limit=_BENCH_SECONDS,
+                seconds_limit=seconds,
                 sessions=lambda file: backend.open(file, threads=threads),
                 described=backend.environment(threads),
             )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
@@ -251,10 +252,7 @@ class Planner:
         """
         if latency in ("", NO_LIMIT) or not self.request.measure or self._elsewhere:
             return 0.0
-        timing = self.measured.final_bench(artifact)
-        source, own = timing.rows[0], timing.rows[-1]
-        budget = parse_seconds(latency, "--latency", source.median_seconds)
-        return source.median_seconds / own.speed / budget
+        return self.measured.share(artifact, partial(parse_seconds, latency, "--latency"))
 
     def _by_metric(self, metric: Metric) -> Planned:
         """The smallest or fastest candidate whose metric falls by no more than allowed."""

@@ -74,6 +74,12 @@ class AxisGroup:
         return tuple(Member(*axis, indices) for axis, indices in found if indices.size)
 
 
+def alternatives(group: AxisGroup, other: AxisGroup) -> bool:
+    """Whether two groups divide the same indices of an axis, so that only one can shrink."""
+    shared = group.labels.keys() & other.labels.keys()
+    return any(np.any((group.labels[k] >= 0) & (other.labels[k] >= 0)) for k in shared)
+
+
 @final
 @dataclass(frozen=True)
 class Refusal:

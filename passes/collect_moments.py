@@ -144,17 +144,21 @@ def enough_columns(width: int, samples: int, rows: int = 512) -> int:
 
 
 def tempered(columns: Float32) -> Float32:
-    """Columns `[groups, samples, K]`, none of them longer than twice the 90th percentile.
+    """Columns `[groups, samples, K]` times their `tempering`."""
+    factor = tempering(columns)
+    return columns if np.all(factor == 1) else columns * factor
+
+
+def tempering(columns: Float32) -> Float32:
+    """Factors `[groups, samples, 1]` that leave none longer than twice the 90th percentile.
 
     The first token of a decoder can be a thousand times as long as any other: unbounded, C would
     say nothing of the others.
     """
-    length = np.sqrt(np.einsum("gsk,gsk->gs", columns, columns))
+    length = np.sqrt(np.einsum("gsk,gsk->gs", columns, columns))[..., None]
     most = 2 * np.quantile(length, 0.9, axis=1, keepdims=True)
-    factor = np.where(length > most, most / np.maximum(length, _TINY), 1.0)
-    if np.all(factor == 1) or not np.all(most > 0):
-        return columns
-    found: Float32 = columns * factor[..., None].astype(np.float32)
+    longer = (length > most) & (most > 0)
+    found: Float32 = np.where(longer, most / np.maximum(length, _TINY), 1.0).astype(np.float32)
     return found
 
 

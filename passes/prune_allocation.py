@@ -12,6 +12,7 @@ import numpy as np
 from octavo.ir.calibration import samples_of
 from octavo.ir.extract import values_by_name
 from octavo.passes.output_damage import OutputDamage
+from octavo.passes.sample_macs import affordable_samples, sample_macs
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 Widths = Mapping[str, int]
 
 _BISECTIONS = 60
+# Widths that are offered where only one is measured.
+_CURVE_WIDTHS = 48
+# What one measurement may multiply: a language model is measured on few samples of many tokens.
+_MACS = 1.5e11
+_TINY = 1e-30
 
 
 @final
@@ -49,28 +55,47 @@ def widths(group: AxisGroup, round_to: int, most: int) -> list[int]:
 
 
 def offers(
-    pruner: Pruner, names: Sequence[str], round_to: int, most: int, samples: int
+    pruner: Pruner, names: Sequence[str], round_to: int, most: int, samples: int, at: float
 ) -> dict[str, list[Width]]:
     """What every width of every group costs: damage of the outputs, measured group by group.
 
-    Without data, or where nothing of the outputs can be compared, the ranking's own costs.
+    Where `most` is 1, only the width that leaves about the share `at` is measured, and others cost
+    as the ranking's own costs grow. Without data, or where nothing of the outputs can be
+    compared, those costs are all there is.
     """
-    counts = {name: widths(pruner.groups[name], round_to, most) for name in names}
     loss = output_loss(pruner, samples)
+    many = _CURVE_WIDTHS if most == 1 else most
+    counts = {name: widths(pruner.groups[name], round_to, many) for name in names}
     found: dict[str, list[Width]] = {}
-    for at, (name, some) in enumerate(counts.items()):
-        if loss is None:
-            costs = pruner.ranking(name).costs
-            found[name] = [Width(k, float(costs[: costs.size - k].sum())) for k in some]
+    for done, (name, some) in enumerate(counts.items(), start=1):
+        if loss is None or most == 1:
+            found[name] = _along_costs(pruner, name, some, loss, at)
         else:
             found[name] = [Width(k, loss(pruner.offer_model(name, k))) for k in some]
-        pruner.ctx.progress("measure widths", at + 1, len(counts))
+        pruner.ctx.progress("measure widths", done, len(counts))
     return found
+
+
+def _along_costs(
+    pruner: Pruner,
+    name: str,
+    some: Sequence[int],
+    loss: Callable[[Model], float] | None,
+    at: float,
+) -> list[Width]:
+    """Widths by the costs of the ranking, scaled to the loss at one width where there is one."""
+    costs, scale = pruner.ranking(name).costs, 1.0
+    total = {k: float(costs[: costs.size - k].sum()) for k in some}
+    if some and loss is not None:
+        middle = min(some, key=lambda k: abs(k - at * costs.size))
+        scale = loss(pruner.offer_model(name, middle)) / max(total[middle], _TINY)
+    return [Width(k, scale * total[k]) for k in some]
 
 
 def output_loss(pruner: Pruner, samples: int) -> Callable[[Model], float] | None:
     """Damage of the outputs of a model, on so many samples; `None` where nothing compares."""
     damage, ctx = OutputDamage.of(pruner.model), pruner.ctx
+    samples = affordable_samples(sample_macs(pruner.model, ctx, pruner.feeds), _MACS, samples)
     feeds, seen = [], 0
     for feed in pruner.feeds:
         if seen < samples:

@@ -27,17 +27,20 @@ class PruneChannels(Pass):
     `parameters` (`of`); `heads` lets whole attention heads go too. Within a group the order is
     that of `score`: `surgeon` removes what the layers behind can make up for best, `magnitude`
     looks at weights, `activation` at ‖W·X‖, `taylor` at the loss by a gate's gradient, `kprune` at
-    both. Between groups it is measured what each width of each group does to the outputs. Widths
-    are multiples of `round-to`. `repair=least-squares` then fits every linear layer to its original
+    both. Between groups it is measured what each width of each group does to the outputs; with
+    `offers=1` what one width does, and the others cost as the order's own costs grow. Widths are
+    multiples of `round-to`. `repair=least-squares` then fits every linear layer to its original
     output on what it reads now, first to last; `closed-form` fits the layers right behind by
     second moments that follow from the weights before them, without data.
     **Why.** A layer with half of the channels takes half of the time on any runtime.
     **When it does not apply.** Axes of graph inputs and outputs, axes that a Softmax or a norm
-    runs over, and whatever meets an operator without a rule, with the reason as a remark. Without
+    runs over, and whatever meets an operator without a rule, with the reason as a remark; of two
+    ways to divide the same axis, as heads that share keys have, only the first. Without
     calibration data moments and repair are those of closed form, and nothing is measured.
-    **Cost and accuracy.** `offers` inferences of `samples`, at most 128, samples per group, and
-    one more of all samples for the repair. Remarks give every layer's ‖Ŵ·X̂ - W·X‖² / ‖W·X‖²
-    before and after repair.
+    **Cost and accuracy.** `offers` inferences per group, of at most 128 samples and fewer where a
+    sample is much work, and one more of all `samples` for the repair. The few longest columns of a
+    layer count in it as if they were no more than twice as long as most. Remarks give every
+    layer's ‖Ŵ·X̂ - W·X‖² / ‖W·X‖² before and after repair.
     """
 
     name = "prune-channels"

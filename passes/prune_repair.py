@@ -13,7 +13,7 @@ from octavo.ir.calibration import samples_of
 from octavo.ir.extract import values_by_name
 from octavo.ir.mapped import reading
 from octavo.passes.affine_layers import AffineLayer
-from octavo.passes.collect_moments import enough_columns
+from octavo.passes.collect_moments import enough_columns, tempering
 from octavo.passes.operand_walk import OperandWalk
 from octavo.passes.rewrite import Rewrite
 from octavo.passes.window import drawn
@@ -267,7 +267,9 @@ def _normal(
         if sums[0] is not None and sums[1] is not None:
             y += sums[1] - sums[0]
         y *= there[:, None, :]
-        now = np.concatenate([now, np.ones((*now.shape[:2], 1), np.float32)], axis=2)
+        share = tempering(then)
+        y *= share
+        now = np.concatenate([now * share, np.broadcast_to(share, (*now.shape[:2], 1))], axis=2)
         second += np.matmul(now.transpose(0, 2, 1), now)
         wanted += np.matmul(y.transpose(0, 2, 1), now)
         power += float(np.square(y).sum(dtype=np.float64))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal, final
 
+from octavo.ir.axis_groups import alternatives
 from octavo.ir.errors import GoalNotMet, UsageError
 from octavo.ir.reference import with_original
 from octavo.passes.patterns import chosen, select
@@ -55,7 +56,7 @@ class Pruning:
         pruner = Pruner.of(model, ctx, score, repair, self.samples)
         for refusal in pruner.refused:
             ctx.remark("missed", refusal.layer, _why(refusal))
-        names = self._names(model, pruner)
+        names = _first_of_alternatives(ctx, pruner, self._names(model, pruner))
         kept = self._kept(model, ctx, pruner, names)
         removed = {name: pruner.removed(name, count) for name, count in kept.items()}
         smaller = pruner.pruned(removed)
@@ -82,8 +83,8 @@ class Pruning:
             message = f"a ratio of {self.ratio:g} does not lie between 0 and 1"
             hint = "ratio=0.5 removes half; leave the pass out to remove nothing"
             raise UsageError(message, where=where, hint=hint)
-        if self.round_to < 1 or self.offers < 2 or self.samples < 1:
-            message = "round-to and samples must be at least 1, and offers 2"
+        if self.round_to < 1 or self.offers < 1 or self.samples < 1:
+            message = "round-to, offers and samples must be at least 1"
             raise UsageError(message, where=where)
 
     def _with_data(self, ctx: PassContext) -> tuple[Score, Repair]:
@@ -133,7 +134,7 @@ class Pruning:
     def _kept(
         self, model: Model, ctx: PassContext, pruner: Pruner, names: Sequence[str]
     ) -> dict[str, int]:
-        found = offers(pruner, names, self.round_to, self.offers, _MEASURED_SAMPLES)
+        found = offers(pruner, names, self.round_to, self.offers, _MEASURED_SAMPLES, 1 - self.ratio)
         for name in [name for name in names if not found[name]]:
             text = f"{pruner.groups[name].units} units are no more than round-to={self.round_to}"
             ctx.remark("missed", name.partition("#")[0], text)
@@ -182,6 +183,20 @@ _UNITS: Mapping[Kind, str] = {
     "heads": "heads",
     "dimensions": "dimensions of heads",
 }
+
+
+def _first_of_alternatives(ctx: PassContext, pruner: Pruner, names: Sequence[str]) -> list[str]:
+    """Groups that divide no axis in two ways."""
+    found: list[str] = []
+    for name in names:
+        group = pruner.groups[name]
+        other = next((n for n in found if alternatives(group, pruner.groups[n])), "")
+        if other:
+            text = f"its {group.units} {_UNITS[group.kind]} are an alternative to '{other}'"
+            ctx.remark("missed", name.partition("#")[0], text)
+        else:
+            found.append(name)
+    return found
 
 
 def _classes(pruner: Pruner, found: Mapping[str, Sequence[Width]]) -> list[list[str]]:

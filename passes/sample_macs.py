@@ -9,12 +9,14 @@ from octavo.ir.cost import AnalyticCost
 from octavo.ir.shapes import concrete_elements
 
 if TYPE_CHECKING:
-    from octavo.ir.calibration import Batches
+    from collections.abc import Iterable
+
+    from octavo.ir.calibration import Feed
     from octavo.ir.model import Model
     from octavo.passes.base import PassContext
 
 
-def sample_macs(model: Model, ctx: PassContext, batches: Batches) -> float:
+def sample_macs(model: Model, ctx: PassContext, batches: Iterable[Feed]) -> float:
     """Multiply-accumulates of one sample, by the shapes of the first feed."""
     feed = next(iter(batches), None)
     if feed is None:

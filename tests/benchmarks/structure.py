@@ -1,8 +1,8 @@
 """What fewer channels, heads, ranks and blocks cost: `python tests/benchmarks/structure.py`.
 
 Every pipeline runs on the float model, without training, on the calibration data of its case;
-multiply-accumulates are those of one sample, relative to the canonical model. Agreement of the
-largest class and the task's score are measured on data that no pass has seen.
+multiply-accumulates of one sample and parameters are relative to the canonical model. Agreement of
+the largest class and the task's score are measured on data that no pass has seen.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from octavo.ir.model import Model
 from octavo.ir.read import read
 from octavo.passes.base import PassContext
 from octavo.passes.pipeline import Pipeline
+from octavo.passes.prune_allocation import Work
 from octavo.passes.sample_macs import sample_macs
 
 _MODELS = ("fashion-resnet", "fashion-vit", "fashion-mobile")
@@ -51,6 +52,7 @@ class Row:
     model: str
     pipeline: str
     macs: float
+    parameters: float
     agreement: float
     score: float | None
     seconds: float
@@ -67,14 +69,17 @@ def rows(case: Case, pipelines: Sequence[str], folder: Path) -> Iterator[Row]:
             calibration=data,
         )  # fmt: skip
         held_out = HeldOut.of(source, ctx, feeds, task)
-        whole = sample_macs(Pipeline.parse("canonicalize").run(source, ctx).model, ctx, data)
+        canonical = Pipeline.parse("canonicalize").run(source, ctx).model
+        whole = sample_macs(canonical, ctx, data), Work.parameters(canonical, {}).total
         for text in ("", *pipelines):
             begin = time.perf_counter()
             made = Pipeline.parse(f"canonicalize,{text}".rstrip(",")).run(source, ctx).model
             seconds = time.perf_counter() - begin
             agreement, score = measured(made, ctx, held_out)
-            macs = sample_macs(made, ctx, data) / whole
-            yield Row(case.name, text or "canonicalize", macs, agreement, score, seconds)
+            macs = sample_macs(made, ctx, data) / whole[0]
+            left = Work.parameters(made, {}).total / whole[1]
+            name = text or "canonicalize"
+            yield Row(case.name, name, macs, left, agreement, score, seconds)
 
 
 def measured(model: Model, ctx: PassContext, held_out: HeldOut) -> tuple[float, float | None]:
@@ -99,13 +104,14 @@ def main(
     console, found = Console(width=110), []
     cases = {case.name: case for case in CASES}
     for name in models or _MODELS:
-        table = Table("passes", "MACs", "same class", "score", "seconds", title=name)
+        columns = "passes", "MACs", "parameters", "same class", "score", "seconds"
+        table = Table(*columns, title=name)
         with tempfile.TemporaryDirectory() as folder:
             for row in rows(cases[name], pipeline or _PIPELINES, Path(folder)):
                 found.append(row)
                 score = "" if row.score is None else f"{row.score:.4f}"
-                numbers = f"{row.macs:.3f}", f"{row.agreement:.3f}", score, f"{row.seconds:.1f}"
-                table.add_row(row.pipeline, *numbers)
+                shares = (f"{x:.3f}" for x in (row.macs, row.parameters, row.agreement))
+                table.add_row(row.pipeline, *shares, score, f"{row.seconds:.1f}")
         console.print(table)
     if output is not None:
         output.write_text(json.dumps([asdict(row) for row in found], indent=2) + "\n")

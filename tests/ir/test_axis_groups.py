@@ -18,7 +18,7 @@ import onnx_ir
 import pytest
 
 from octavo.backends.ort_session import OrtEvaluator
-from octavo.ir.axis_groups import AxisGroup, axis_groups
+from octavo.ir.axis_groups import AxisGroup, alternatives, axis_groups
 from octavo.ir.calibration import Feed
 from octavo.ir.errors import UsageError
 from octavo.ir.extract import values_by_name
@@ -69,7 +69,7 @@ def test_removing_is_zeroing_on_random_graphs(seed: int) -> None:
         check(model, {group.name: picked(group, rng)}, groups, rng)
     together: dict[str, Sequence[int]] = {}
     for name, group in groups.items():
-        if not any(overlap(group, groups[other]) for other in together):
+        if not any(alternatives(group, groups[other]) for other in together):
             together[name] = picked(group, rng)
     if together:
         check(model, together, groups, rng)
@@ -230,7 +230,7 @@ def test_nothing_becomes_empty_and_alternatives_exclude_each_other(
     model = canonical(source, pass_context)
     groups = axis_groups(model).by_name()
     heads = next(group for group in groups.values() if group.kind == "heads")
-    other = next(g for g in groups.values() if g.kind == "dimensions" and overlap(g, heads))
+    other = next(g for g in groups.values() if g.kind == "dimensions" and alternatives(g, heads))
     with pytest.raises(UsageError, match="nothing would be left"):
         remove_units(model.clone(), groups, {heads.name: range(heads.units)})
     with pytest.raises(UsageError, match="both divide axis"):
@@ -244,11 +244,6 @@ def canonical(model: Model, pass_context: PassContext) -> Model:
 def picked(group: AxisGroup, rng: np.random.Generator) -> list[int]:
     count = int(rng.integers(1, group.units))
     return sorted(rng.choice(group.units, count, replace=False).tolist())
-
-
-def overlap(a: AxisGroup, b: AxisGroup) -> bool:
-    shared = a.labels.keys() & b.labels.keys()
-    return any(np.any((a.labels[k] >= 0) & (b.labels[k] >= 0)) for k in shared)
 
 
 def check(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from octavo.ir.read import read
 from octavo.passes.base import PassContext
 from octavo.passes.canonicalize import Canonicalize
 from octavo.passes.pipeline import Pipeline
-from octavo.passes.prune_allocation import Width, Work, allocate
+from octavo.passes.prune_allocation import Width, Work, allocate, offers
 from octavo.passes.prune_moments import centred
 from octavo.passes.prune_ranking import surgeon
 from octavo.passes.prune_readers import readers
@@ -39,7 +40,41 @@ mlp (float[N,6] x) => (float[N,4] y)
     [out] y = Add (o, b2)
 }
 """
+# Four query heads of two dimensions that share two keys and values.
+GROUPED = """
+<ir_version: 10, opset_import: ["" : 21]>
+grouped (float[N,3,6] x) => (float[N,3,5] y)
+<float[6,8] wq = {0}, float[6,4] wk = {0}, float[6,4] wv = {0}, float[8,5] wo = {0},
+ int64[4] q_heads = {0,0,4,2}, int64[4] kv_heads = {0,0,2,2}, int64[1] two = {2},
+ int64[5] twice = {1,1,2,1,1}, int64[4] joined = {0,4,3,2}, int64[3] whole = {0,0,8}> {
+    [query] q = MatMul (x, wq)
+    [key] k = MatMul (x, wk)
+    [value] v = MatMul (x, wv)
+    q1 = Reshape (q, q_heads)  q2 = Transpose <perm = [0, 2, 1, 3]> (q1)
+    k1 = Reshape (k, kv_heads)  k2 = Transpose <perm = [0, 2, 1, 3]> (k1)
+    v1 = Reshape (v, kv_heads)  v2 = Transpose <perm = [0, 2, 1, 3]> (v1)
+    k3 = Unsqueeze (k2, two)  k4 = Expand (k3, twice)  k5 = Reshape (k4, joined)
+    v3 = Unsqueeze (v2, two)  v4 = Expand (v3, twice)  v5 = Reshape (v4, joined)
+    kt = Transpose <perm = [0, 1, 3, 2]> (k5)
+    [scores] s = MatMul (q2, kt)
+    [soft] p = Softmax (s)
+    [mix] m = MatMul (p, v5)
+    t = Transpose <perm = [0, 2, 1, 3]> (m)
+    j = Reshape (t, whole)
+    [out] y = MatMul (j, wo)
+}
+"""
 WIDE = 1e-5
+
+
+def with_weights(text: str) -> Model:
+    """A model whose float constants are normal numbers."""
+    proto, rng = onnx.parser.parse_model(text), np.random.default_rng(0)
+    for tensor in proto.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            array = rng.standard_normal(tuple(tensor.dims)).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    return read(proto)
 
 
 @pytest.fixture
@@ -274,3 +309,47 @@ def test_kept_layers_keep_their_channels(calibrated: Context) -> None:
     sizes = {n.name: n.inputs[1].shape[0] for n in model.graph if n.op_type == "Conv"}  # type: ignore[index,union-attr]
     assert sizes["/3/a/a.0/Conv"] == 96
     assert sizes["/2/a/a.0/Conv"] < 48
+
+
+def test_heads_that_share_keys_go_one_way_only(calibrated: Context) -> None:
+    """Keys with their queries, and queries of every key alike, are two ways to divide the heads."""
+    model = with_weights(GROUPED)
+    ctx = calibrated(model, 16)
+    found = Pipeline.parse("prune-heads{ratio=0.5,repair=none}").run(model, ctx)
+    remarks = found.records[-1].remarks
+    assert [r.text for r in remarks if r.kind == "applied"] == ["1 of 2 heads stay"]
+    assert any("are an alternative to 'query#heads'" in r.text for r in remarks)
+    left = {n: v.const_value for n, v in found.model.graph.initializers.items() if v.const_value}
+    assert [tuple(left[n].shape) for n in ("wq", "wk", "wv", "wo")] == [
+        (6, 4), (6, 2), (6, 2), (4, 5),
+    ]  # fmt: skip
+
+
+def test_one_measured_width_scales_the_costs_of_the_ranking(
+    mlp: Model, calibrated: Context
+) -> None:
+    ctx = calibrated(mlp, 64)
+    pruner = Pruner.of(mlp, ctx, "surgeon", "least-squares", 512)
+    (name,) = pruner.groups
+    (offered,) = offers(pruner, [name], 1, 1, 128, 0.25).values()
+    (measured,) = offers(pruner, [name], 1, 11, 128, 0.25).values()
+    assert [w.kept for w in offered] == [w.kept for w in measured] == list(range(11, 0, -1))
+    three = {w.kept: w.damage for w in offered}, {w.kept: w.damage for w in measured}
+    assert three[0][3] == pytest.approx(three[1][3], rel=1e-6)
+    costs = np.cumsum(pruner.ranking(name).costs)[:11]
+    np.testing.assert_allclose(
+        [w.damage for w in offered], costs * three[1][3] / costs[8], rtol=1e-9
+    )
+
+
+def test_extreme_samples_do_not_decide_the_repair(mlp: Model, calibrated: Context) -> None:
+    """One sample in 64 is thirty times as long; without a bound the error is 4.7 times as large."""
+    ctx, rng = calibrated(mlp, 64), np.random.default_rng(3)
+    assert ctx.calibration is not None
+    feeds = tuple({"x": feed["x"].copy()} for feed in ctx.calibration)
+    for feed in feeds:
+        feed["x"][0] = 30 * rng.standard_normal(6)
+    spiked = replace(ctx, calibration=replace(ctx.calibration, feeds=feeds))  # type: ignore[type-var]
+    prune = Pipeline.parse("prune-channels{ratio=0.7,round-to=1}")
+    lost = [errors(ctx, mlp, prune.run(mlp, some).model) for some in (ctx, spiked)]
+    assert lost[1] < 1.1 * lost[0]
