@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,21 +20,19 @@ from typing import Annotated, final
 import numpy as np
 import typer
 from cases import CASES, Case
+from elsewhere import feeds, quantize
 from measure import model_bytes, random_feed, run
 from rich.console import Console
 from rich.table import Table
 from task import Array, Feed, Task
 
 from octavo.backends.ov_session import OPTIONS, OvSession, environment, open_session, runtime
-from octavo.cli.calibration_data import load_calibration
 from octavo.ir.artifact_io import read_artifact
-from octavo.ir.read import read
 
 _MODELS = (
     "fashion-resnet", "fashion-vit", "fashion-mobile", "fashion-lstm",
     "efficientnet-lite0", "minilm", "ppocr-rec", "ppocr-det",
 )  # fmt: skip
-_TRANSFORMERS = ("fashion-vit", "minilm")
 _SCORE_LOSS = 0.005
 _FEWEST_ROUNDS, _QUIET_SHARE = 15, 25
 
@@ -67,7 +64,8 @@ def rows(case: Case, nncf: Path, folder: Path, seconds: float) -> Iterator[Row]:
     calibration = writer(source, data)
     artifact, other = folder / "artifact", folder / "nncf.xml"
     _compile(case, source, calibration, artifact)
-    _nncf(nncf, case, source, _feeds(calibration, source, folder / "feeds"), other)
+    given = feeds(calibration, source, folder / "feeds")
+    quantize("nncf", nncf, case, source, given, other)
     task = case.task(source)
     files = {"FP32": source, "NNCF": other, "octavo": artifact / "model.onnx"}
     sessions = {tool: _session(path) for tool, path in files.items()}
@@ -98,28 +96,6 @@ def _compile(case: Case, source: Path, calibration: Path, artifact: Path) -> Non
     done = run(command)
     if done.code not in (0, 4):
         raise RuntimeError(done.output)
-
-
-def _feeds(calibration: Path, source: Path, folder: Path) -> Path:
-    """The feeds that octavo is calibrated with, one file each; one sample where that is known."""
-    folder.mkdir()
-    count = 0
-    for feed in load_calibration(str(calibration), read(source)):
-        samples = len(next(iter(feed.values()))) if len(feed) == 1 else 1
-        for k in range(samples):
-            part = {n: a[k : k + 1] if samples > 1 else a for n, a in feed.items()}
-            np.savez(folder / f"{count:04d}.npz", allow_pickle=False, **part)
-            count += 1
-    return folder
-
-
-def _nncf(python: Path, case: Case, source: Path, feeds: Path, target: Path) -> None:
-    script = Path(__file__).with_name("nncf_quantize.py")
-    kind = ["transformer"] if case.name in _TRANSFORMERS else []
-    command = [python, script, source, feeds, target, *kind]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stdout + done.stderr)
 
 
 def _session(path: Path) -> OvSession:

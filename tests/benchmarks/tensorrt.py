@@ -2,7 +2,8 @@
 
 Nothing is timed: there is no device. A row says what octavo made of a model, how close its outputs
 are to FP32 (both run by onnxruntime), whether the file conforms, and whether TensorRT for RTX
-builds it. `--peers` checks files of onnxruntime's quantizers, `--file NAME=PATH` those of others.
+builds it. `--peers` checks files of onnxruntime's quantizers, `--tool nncf=PYTHON` (`quark`,
+`modelopt`) those of tools with an environment of their own, `--file NAME=PATH` any other.
 Exits 4 where a file of octavo does not conform.
 """
 
@@ -20,6 +21,7 @@ from typing import Annotated, final
 import numpy as np
 import typer
 from cases import CASES, Case
+from elsewhere import feeds, quantize
 from rich.console import Console
 from rich.table import Table
 
@@ -92,6 +94,26 @@ def peers(case: Case, target: str, folder: Path) -> Iterator[Row]:
         yield _row(case.name, name, path, target)
 
 
+def elsewhere(
+    tools: Sequence[tuple[str, Path]], case: Case, target: str, folder: Path
+) -> Iterator[Row]:
+    """Files of tools with an environment of their own, from the data octavo is calibrated with."""
+    writer, source = case.calibration or case.texts, case.model()
+    if writer is None or case.name in _DECODERS or not tools:
+        return
+    (folder / "other-data").mkdir()
+    given = feeds(writer(source, folder / "other-data"), source, folder / "feeds")
+    for tool, python in tools:
+        made = folder / f"{tool}.onnx"
+        try:
+            quantize(tool, python, case, source, given, made)
+        except RuntimeError as error:
+            *_, last = str(error).strip().splitlines()
+            yield Row(case.name, f"{tool}: {last[:90]}", {}, None, None, None, {}, {}, "no file")
+            continue
+        yield _row(case.name, tool, made, target)
+
+
 def _row(
     model: str,
     tool: str,
@@ -135,18 +157,21 @@ def main(
     models: Annotated[list[str] | None, typer.Option(help="Names of cases; default: all.")] = None,
     target: Annotated[str, typer.Option(help="A target of TensorRT.")] = "tensorrt-sm86",
     with_peers: Annotated[bool, typer.Option("--peers", help="Check peers' files too.")] = False,
+    tool: Annotated[list[str] | None, typer.Option(help="TOOL=PYTHON that has it.")] = None,
     file: Annotated[list[str] | None, typer.Option(help="TOOL=PATH of a file to check.")] = None,
     results: Annotated[Path | None, typer.Option("--json", help="Write every number.")] = None,
 ) -> None:
     """Compile, check, build; print a table."""
-    rows = []
+    rows: list[Row] = []
+    tools = [(name, Path(path)) for name, _, path in (t.partition("=") for t in tool or ())]
     for case in CASES if models is None else [c for c in CASES if c.name in models]:
         with tempfile.TemporaryDirectory() as folder:
             rows.append(compiled(case, target, Path(folder)))
             rows += peers(case, target, Path(folder)) if with_peers else ()
+            rows += elsewhere(tools, case, target, Path(folder))
     for text in file or ():
-        tool, _, path = text.partition("=")
-        rows.append(_row(Path(path).stem, tool, Path(path), target))
+        maker, _, path = text.partition("=")
+        rows.append(_row(Path(path).stem, maker, Path(path), target))
     _show(rows)
     if results is not None:
         results.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
