@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -34,7 +35,10 @@ def quantize(tool: str, python: Path, case: Case, source: Path, given: Path, tar
     """
     script = Path(__file__).with_name("quantize_elsewhere.py")
     kind = ["transformer"] if case.name in _TRANSFORMERS else []
-    command = [python, script, tool, source, given, target, *kind]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # Some tools write to the file they are given, and to the folder they run in.
+    own = target.with_suffix(".source.onnx")
+    shutil.copyfile(source, own)
+    command = [python.absolute(), script, tool, own, given, target, *kind]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=target.parent)
     if done.returncode:
         raise RuntimeError(done.stdout + done.stderr)
