@@ -57,7 +57,7 @@ class Row:
         return not self.errors
 
 
-def compiled(case: Case, target: str, folder: Path) -> Row:
+def compiled(case: Case, target: str, folder: Path, pipeline: str = "") -> Row:
     """A model compiled with its calibration data; a decoder with 4-bit weights, without."""
     source = read(case.model())
     write = case.calibration or case.texts
@@ -66,7 +66,7 @@ def compiled(case: Case, target: str, folder: Path) -> Row:
     if write is not None and not decoder:
         (folder / "data").mkdir()
         data = load_calibration(str(write(case.model(), folder / "data")), source)
-    request = Request(target=target, pipeline=_INT4 if decoder else "")
+    request = Request(target=target, pipeline=_INT4 if decoder else pipeline)
     made = compile_model(source, calibration=data, request=request, workdir=folder)
     options = Counter(node.option for node in made.artifact.planned if not node.absorbed_by)
     size = made.artifact.bytes / source.source.bytes
@@ -156,6 +156,7 @@ def _percent(share: float | None) -> str:
 def main(
     models: Annotated[list[str] | None, typer.Option(help="Names of cases; default: all.")] = None,
     target: Annotated[str, typer.Option(help="A target of TensorRT.")] = "tensorrt-sm86",
+    pipeline: Annotated[str, typer.Option(help="As octavo compile takes it: fp8, nvfp4.")] = "",
     with_peers: Annotated[bool, typer.Option("--peers", help="Check peers' files too.")] = False,
     tool: Annotated[list[str] | None, typer.Option(help="TOOL=PYTHON that has it.")] = None,
     file: Annotated[list[str] | None, typer.Option(help="TOOL=PATH of a file to check.")] = None,
@@ -166,7 +167,7 @@ def main(
     tools = [(name, Path(path)) for name, _, path in (t.partition("=") for t in tool or ())]
     for case in CASES if models is None else [c for c in CASES if c.name in models]:
         with tempfile.TemporaryDirectory() as folder:
-            rows.append(compiled(case, target, Path(folder)))
+            rows.append(compiled(case, target, Path(folder), pipeline))
             rows += peers(case, target, Path(folder)) if with_peers else ()
             rows += elsewhere(tools, case, target, Path(folder))
     for text in file or ():
