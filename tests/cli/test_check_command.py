@@ -145,6 +145,26 @@ def test_without_data_it_says_what_was_chosen_and_why(octavo: Octavo, tmp_path: 
         assert text in said
 
 
+def test_an_artifact_of_float4_weights_is_verified_loaded_and_held_to_its_part(
+    octavo: Octavo, tmp_path: Path
+) -> None:
+    """No runtime here has the type: what runs are the numbers that the codes stand for."""
+    data, out = np.load(shipped("fashion-test")), tmp_path / "out"
+    public.compile(
+        shipped("fashion-vit"), target="tensorrt-sm120", pipeline="nvfp4",
+        calibration={"input": np.load(shipped("fashion"))["input"][:64]},
+    ).save(out)  # fmt: skip
+    assert octavo("verify", out).code == 0
+    assert octavo("check", out, "--target", "tensorrt-sm120").code == 0
+    refused = octavo("check", out, "--target", "tensorrt-sm89")
+    assert refused.code == 4
+    assert "FLOAT4E2M1 does not run on sm89" in refused.err
+    (scores,) = public.load(out).run({"input": data["input"][:256]}).values()
+    assert (scores.argmax(-1) == data["label"][:256]).mean() > 0.85
+    sizes = json.loads((out / "manifest.json").read_text())["results"]
+    assert sizes["model_bytes"] < 0.21 * sizes["source_bytes"]
+
+
 def test_what_the_parser_rejects_is_named_with_a_remedy(octavo: Octavo, tmp_path: Path) -> None:
     import onnx
     import onnx.parser
