@@ -27,6 +27,8 @@ _FEW = 8
 _SAMPLES_PER_FEED = 8
 # Larger feeds cost more page faults than they save calls.
 _FEED_BYTES = 5 << 19
+# Outputs of a language model hold a number per token and word: they are kept to be compared.
+_OUTPUT_BYTES = 64 << 20
 # Checked items stay in memory up to this size; what is larger is read again for each sweep.
 _KEPT_BYTES = 256 << 20
 
@@ -158,8 +160,9 @@ def _full(waiting: Sequence[Feed], item: Feed, inputs: Inputs) -> bool:
     count = _count(waiting)
     if inputs.batch is not None or not inputs.joinable:
         return count >= (inputs.batch or 1)
-    most = min(_SAMPLES_PER_FEED, _FEED_BYTES * leading(item) // max(item_bytes(item), 1))
-    return count + leading(item) > most
+    limits = ((_FEED_BYTES, item_bytes(item)), (_OUTPUT_BYTES, inputs.output_bytes(item)))
+    most = min(limit * leading(item) // max(taken, 1) for limit, taken in limits)
+    return count + leading(item) > min(_SAMPLES_PER_FEED, most)
 
 
 def _count(items: Sequence[Feed]) -> int:

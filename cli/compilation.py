@@ -324,7 +324,7 @@ class _Job:
             audit=proof,
             bench=timing,
             fidelity=fidelity,
-            probes=Probes(tuple(measured.probes[:_PROBES]), shown),
+            probes=Probes(tuple(measured.probes[: len(shown)]), shown),
             notes=notes,
             calibration=self.ctx.calibration,
         )

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 _BENCH_SECONDS = 0.3
 # A plan that is built again because of noise may be a much worse one.
 _BUDGET_SECONDS = 2.0
+# Of outputs that an artifact's folder holds, beyond those of one probe.
+_KEPT_BYTES = 32 << 20
 # Ratios of medians are known to 1 %.
 _NOISE = 1.01
 
@@ -92,14 +94,20 @@ class Measured:
         return self.compared[path]
 
     def proven(self, artifact: Artifact, count: int) -> tuple[Fidelity, tuple[Outputs, ...]]:
-        """The fidelity of an artifact, and what it gives for the first `count` probes alone."""
+        """The fidelity of an artifact, and what it gives for the first probes alone.
+
+        For `count` of them, or fewer where these outputs take too many bytes.
+        """
         threads = self.request.threads
         first: list[Outputs] = []
         session = self.backend.open(artifact.path, threads=threads)
 
         def each() -> Iterator[Outputs]:
-            for made in run_file(artifact.path, self.probes, threads=threads, session=session):
-                first.extend([made] if len(first) < count else [])
+            run = run_file(artifact.path, self.probes, threads=threads, session=session)
+            for at, made in enumerate(run):
+                kept = sum(array.nbytes for some in (*first, made) for array in some.values())
+                if len(first) == at < count and (not at or kept <= _KEPT_BYTES):
+                    first.append(made)
                 yield made
 
         return compare(self.reference, each()), tuple(first)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, final
@@ -38,15 +39,31 @@ class Input:
 @final
 @dataclass(frozen=True)
 class Inputs:
-    """All inputs of a model, by name; `notes` gathers what had to be adapted, each once."""
+    """All inputs of a model, by name; `notes` gathers what had to be adapted, each once.
+
+    `outputs` are those of the model.
+    """
 
     by_name: Mapping[str, Input]
+    outputs: tuple[Input, ...] = ()
     notes: dict[str, None] = field(default_factory=dict)
 
     @staticmethod
     def of(model: Model) -> Inputs:
         values = [v for v in model.graph.inputs if v.name not in model.graph.initializers]
-        return Inputs({str(v.name): Input(str(v.name), _dtype(v), _dims(v)) for v in values})
+        outputs = tuple(map(_described, model.graph.outputs))
+        return Inputs({str(v.name): _described(v) for v in values}, outputs)
+
+    def output_bytes(self, item: Item) -> int:
+        """Bytes of the outputs for an item as far as shapes tell; unknown sizes count as 1."""
+        sizes: dict[int | str | None, int] = {}
+        for name, array in item.items():
+            sizes.update(zip(self.by_name[name].dims or (), array.shape, strict=False))
+        return sum(
+            output.dtype.itemsize
+            * math.prod(d if isinstance(d, int) else sizes.get(d, 1) for d in output.dims or ())
+            for output in self.outputs
+        )
 
     @property
     def batch(self) -> int | None:
@@ -148,6 +165,10 @@ def _converted(wanted: Input, array: Array, where: str) -> Array:
         why = f"the model takes {wanted}"
     message = f"the dtype {array.dtype} does not fit"
     raise CalibrationError(message, where=where, why=why, hint="save the data in that dtype")
+
+
+def _described(value: onnx_ir.Value) -> Input:
+    return Input(str(value.name), _dtype(value), _dims(value))
 
 
 def _dtype(value: onnx_ir.Value) -> np.dtype[Any]:

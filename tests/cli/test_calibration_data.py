@@ -22,6 +22,12 @@ RNG = np.random.default_rng(0)
 IMAGES = RNG.standard_normal((20, 3, 8, 6)).astype(np.float32)
 
 
+# Logits of 49152 words for every token.
+_IDS, _LOGITS = "int64[B, S] ids", "float[B, S, 49152] logits"
+_HEAD = "f = Cast <to = 1> (ids) a = Constant <value_ints = [2]> () u = Unsqueeze (f, a)"
+_HEAD += " r = Constant <value_ints = [1, 1, 49152]> () logits = Tile (u, r)"
+
+
 def model_of(inputs: str, body: str) -> Model:
     text = f'<ir_version: 10, opset_import: ["" : 21]> g ({inputs}) => (out) {{ out = {body} }}'
     return from_proto(onnx.parser.parse_model(text))
@@ -62,6 +68,18 @@ def test_an_archive_by_input_name_with_labels(vision: Model, tmp_path: Path, sav
     assert data.samples == 20
     assert data.warnings == ()
     assert [len(feed["image"]) for feed in data] == [8, 8, 4]
+
+
+@pytest.mark.parametrize(("tokens", "feed"), [(16, 8), (64, 5), (256, 1), (1024, 1)])
+def test_feeds_of_a_language_model_hold_as_many_texts_as_their_logits_allow(
+    tokens: int, feed: int
+) -> None:
+    """The logits of 64 tokens take 12.6 MB here; a feed's may take 64 MiB."""
+    text = f'<ir_version: 10, opset_import: ["" : 21]> g ({_IDS}) => ({_LOGITS}) {{ {_HEAD} }}'
+    model = from_proto(onnx.parser.parse_model(text))
+    data = load({"ids": np.ones((10, tokens), np.int64)}, model)
+    assert next(iter(data))["ids"].shape == (feed, tokens)
+    assert sum(len(each["ids"]) for each in data) == 10
 
 
 def test_the_same_content_has_the_same_digest_from_every_source(
