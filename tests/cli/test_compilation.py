@@ -180,6 +180,15 @@ def test_without_measuring_the_plan_rests_on_estimates() -> None:
     assert found.audit.ok
 
 
+@pytest.mark.parametrize(("most", "probes"), [(0, 1), (1 << 20, 2)])
+def test_outputs_that_take_many_bytes_are_kept_for_one_probe(
+    most: int, probes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("octavo.cli.measured._KEPT_BYTES", most)
+    compiled = api.compile(NETWORK, calibration=DATA, pipeline="int8-dynamic", measure=False)
+    assert len(compiled.probes.feeds) == len(compiled.probes.outputs) == probes
+
+
 def test_a_pipeline_text_is_obeyed() -> None:
     text = "canonicalize,choose-kernels{dynamic=false},insert-fake-quant"
     found = api.compile(NETWORK, pipeline=text, measure=False)
