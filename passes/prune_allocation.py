@@ -16,9 +16,11 @@ from octavo.passes.sample_macs import affordable_samples, sample_macs
 
 if TYPE_CHECKING:
     import onnx_ir
+    from numpy.typing import NDArray
 
     from octavo.ir.axis_groups import AxisGroup
     from octavo.ir.axis_links import Axis
+    from octavo.ir.calibration import Feed
     from octavo.ir.model import Model
     from octavo.passes.base import PassContext
     from octavo.passes.prune_units import Pruner
@@ -106,13 +108,15 @@ def output_loss(pruner: Pruner, samples: int) -> Callable[[Model], float] | None
     names = [value.name or "" for value in pruner.model.graph.inputs]
     fed = [{name: feed[name] for name in names} for feed in feeds]
     truth = ctx.evaluator.load(pruner.model)
-    expected = [truth(feed) for feed in fed]
+    expected = list(ctx.executor.map(truth, fed))
 
     def loss(model: Model) -> float:
         run = ctx.evaluator.load(model)
-        pairs = zip(fed, expected, strict=True)
-        found = [damage.per_sample(y, run(feed), samples_of(feed)) for feed, y in pairs]
-        return float(np.concatenate(found).mean())
+
+        def lost(feed: Feed, wanted: Feed) -> NDArray[np.float64]:
+            return damage.per_sample(wanted, run(feed), samples_of(feed))
+
+        return float(np.concatenate(list(ctx.executor.map(lost, fed, expected))).mean())
 
     return loss
 
