@@ -12,6 +12,7 @@ from octavo.passes.prune_units import Repair
 from octavo.passes.pruning import Of, Pruning
 
 if TYPE_CHECKING:
+    from octavo.ir.axis_groups import Kind
     from octavo.ir.model import Model
     from octavo.passes.base import PassContext
 
@@ -24,10 +25,11 @@ class PruneChannels(Pass):
     **What it does.** Finds which axes of which tensors have to shrink together, through residuals,
     depthwise convolutions, concatenation, reshapes and recurrences, and removes a share `ratio`
     of the `units` of every set of groups of the same structure, or of the model's `macs` or
-    `parameters` (`of`); `heads` lets whole attention heads go too. Within a group the order is
-    that of `score`: `surgeon` removes what the layers behind can make up for best, `magnitude`
-    looks at weights, `activation` at ‖W·X‖, `taylor` at the loss by a gate's gradient, `kprune` at
-    both. Between groups it is measured what each width of each group does to the outputs; with
+    `parameters` (`of`); `heads` lets whole attention heads go too, and `dimensions` those inside
+    of all heads of a layer, which `rotate-values` sorts. Within a group the order is that of
+    `score`: `surgeon` removes what the layers behind can make up for best, `magnitude` looks at
+    weights, `activation` at ‖W·X‖, `taylor` at the loss by a gate's gradient, `kprune` at both.
+    Between groups it is measured what each width of each group does to the outputs; with
     `offers=1` what one width does, and the others cost as the order's own costs grow. Widths are
     multiples of `round-to`. `repair=least-squares` then fits every linear layer to its original
     output on what it reads now, first to last; `closed-form` fits the layers right behind by
@@ -51,16 +53,22 @@ class PruneChannels(Pass):
     score: Score = "surgeon"
     repair: Repair = "least-squares"
     heads: bool = False
+    dimensions: bool = False
     round_to: int = 8
     offers: int = 6
     samples: int = 512
     only: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
 
+    @property
+    def _kinds(self) -> tuple[Kind, ...]:
+        wanted: dict[Kind, bool] = {"heads": self.heads, "dimensions": self.dimensions}
+        return ("channels", *(kind for kind, asked in wanted.items() if asked))
+
     def run(self, model: Model, ctx: PassContext) -> Model:
         return Pruning(
             self.name,
-            ("channels", "heads") if self.heads else ("channels",),
+            self._kinds,
             self.ratio,
             self.of,
             self.score,

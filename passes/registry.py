@@ -29,6 +29,7 @@ from octavo.passes.recover import Recover
 from octavo.passes.refine import Refine
 from octavo.passes.repair_low_rank import RepairLowRank
 from octavo.passes.rotate_residual import RotateResidual
+from octavo.passes.rotate_values import RotateValues
 from octavo.passes.round_gptq import RoundGptq
 from octavo.passes.round_learned import RoundLearned
 from octavo.passes.round_nupes import RoundNupes
@@ -46,6 +47,7 @@ PASSES: Mapping[str, type[Pass]] = {
     for pass_ in (
         Canonicalize,
         RotateResidual,
+        RotateValues,
         PruneHeads,
         PruneChannels,
         FoldScales,

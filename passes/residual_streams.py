@@ -54,7 +54,7 @@ def residual_streams(model: Model) -> tuple[list[Stream], list[Refusal]]:
         why = _divided(group)
         scales = []
         for node in (nodes[name] for name in group.nodes):
-            if why is None and (reason := _why_fixed(node, group.labels)):
+            if why is None and (reason := why_fixed(node, group.labels)):
                 why = Refusal(group.name, node.name or "", reason)
             if _is_scale(node, group.labels):
                 scales.append(node)
@@ -116,7 +116,7 @@ def _labelled(node: onnx_ir.Node, labels: Collection[Axis]) -> list[onnx_ir.Valu
     return [value for value in node.inputs if value is not None and value.name in names]
 
 
-def _why_fixed(node: onnx_ir.Node, labels: Collection[Axis]) -> str:
+def why_fixed(node: onnx_ir.Node, labels: Collection[Axis]) -> str:
     """Why a node does not commute with rotations of the axis, "" where it does."""
     own = _labelled(node, labels)
     if not own or is_op(node, *_LINEAR, *_LAYOUT):

@@ -71,6 +71,7 @@ STRUCTURE = {
     "factor-low-rank": ("{energy=0.99999999,multiple=1}", 1e-3),
     "prune-weights": ("{sparsity=1e-9,allocation=uniform}", 1e-4),
     "rotate-residual": ("", 1e-4),
+    "rotate-values": ("", 1e-4),
 }
 # Passes that leave out a part of the model whatever their options: tests of their own hold them.
 LOSSY = ("apply-structure", "drop-blocks", "prune-channels", "prune-heads")
