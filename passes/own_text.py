@@ -28,16 +28,12 @@ _SHORTEST = 8
 class OwnText:
     """Texts of `length` tokens: a random word, then greedy for a few, then by the model's chances.
 
-    The first is one of `words` with a chance of `chances`: words that a model hardly ever read
-    lead it astray.
-
     The exported graph runs on all tokens so far, or on the last one where it has a cache. The
     first output of `run` is read as logits, `[B, T, tokens]`, the last position behind all tokens.
     """
 
     inputs: TokenInputs
     words: Ids
-    chances: NDArray[np.float64]
     begin: tuple[int, ...]
     length: int
     run: Run
@@ -73,7 +69,7 @@ class OwnText:
     def _texts(
         self, batch: int, rng: np.random.Generator, deadline: float, step: Callable[[int], None]
     ) -> tuple[Ids, bool]:
-        first = rng.choice(self.words, (batch, 1), p=self.chances)
+        first = rng.choice(self.words, (batch, 1))
         begin = np.broadcast_to(np.array(self.begin, np.int64), (batch, len(self.begin)))
         ids = np.concatenate([begin, first], 1)
         writer = _Writer(self.inputs, self.run)

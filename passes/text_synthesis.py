@@ -80,12 +80,11 @@ class TextSynthesis:
 
     def _written(self, tokens: TokenFeeds) -> Synthetic:
         """Both groups are written at the same time."""
-        words, fixed = tokens.words, self.inputs.fixed_length
+        begin, fixed = tokens.vocabulary.begin, self.inputs.fixed_length
         run: Run = self.ctx.evaluator.load(
             self.inputs.model if fixed else last_logits(self.inputs.model)
         )
-        begin = tokens.vocabulary.begin
-        own = OwnText(self.inputs, words, tokens.chances(words), begin, self.how.length, run)
+        own = OwnText(self.inputs, tokens.words, begin, self.how.length, run)
         count, tokens_of = -(-self.how.samples // _GROUPS), [0] * _GROUPS
 
         def write(group: int) -> tuple[list[Feed], bool]:

@@ -64,10 +64,7 @@ TEXT_SOURCES: Mapping[str, Change] = {
     "norm": _with(prior="norm"),
     "no tokenizer": _with(vocabulary=None, prior="uniform"),
 }
-WRITTEN: Mapping[str, Change] = {
-    "own text": _with(),
-    "any first word": _with(prior="uniform"),
-}
+WRITTEN: Mapping[str, Change] = {"own text": _with()}
 ABLATION: Mapping[str, Change] = {
     "default": _with(),
     "from noise": _with(start="noise"),
