@@ -15,10 +15,6 @@ PRESETS: Mapping[str, str] = {
         "canonicalize,calibrate{method=minmax},choose-kernels{static=false,float8=true},"
         "insert-fake-quant"
     ),
-    "nvfp4": (
-        "canonicalize,calibrate,collect-moments,choose-kernels{static=false,float4=true},"
-        "insert-fake-quant,clip-weights,round-gptq,match-moments"
-    ),
     "int8-analytic": "canonicalize,bound-ranges,choose-kernels,place-quantizers,insert-fake-quant",
     "mixed": (
         "canonicalize,fold-scales,halve-constants,calibrate,collect-moments,offer-options,"
@@ -36,6 +32,10 @@ PRESETS: Mapping[str, str] = {
         "round-gptq,match-moments"
     ),
     "int8-dynamic": "canonicalize,choose-kernels,insert-fake-quant",
+    "nvfp4": (
+        "canonicalize,calibrate,collect-moments,choose-kernels{static=false,float4=true},"
+        "insert-fake-quant,clip-weights,round-gptq,match-moments"
+    ),
 }
 
 
