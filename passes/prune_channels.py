@@ -28,7 +28,8 @@ class PruneChannels(Pass):
     `parameters` (`of`); `heads` lets whole attention heads go too, and `dimensions` those inside
     of all heads of a layer, which `rotate-values` sorts. Within a group the order is that of
     `score`: `surgeon` removes what the layers behind can make up for best, `magnitude` looks at
-    weights, `activation` at ‖W·X‖, `taylor` at the loss by a gate's gradient, `kprune` at both.
+    weights, `activation` at ‖W·X‖, `taylor` at the loss by a gate's gradient, `kprune` at both;
+    dimensions of queries and keys, which no layer reads, go by ‖q‖·‖k‖.
     Between groups it is measured what each width of each group does to the outputs; with
     `offers=1` what one width does, and the others cost as the order's own costs grow. Widths are
     multiples of `round-to`. `repair=least-squares` then fits every linear layer to its original

@@ -22,6 +22,7 @@ from octavo.passes.branch_groups import branch_groups, without_branch
 from octavo.passes.collect_moments import collected
 from octavo.passes.prune_gradients import gate_fisher
 from octavo.passes.prune_moments import all_of, centred, closed_form, measured
+from octavo.passes.prune_products import product_scores
 from octavo.passes.prune_ranking import by_scores, energies, magnitudes, surgeon
 from octavo.passes.prune_readers import linear_layers, readers, wanted
 from octavo.passes.prune_repair import repair, repair_from_moments, without_units
@@ -125,6 +126,10 @@ class Pruner:
         if self.score == "kprune" and name in self.fisher and known:
             gives = _GIVES * energies(behind, self._seconds(behind))
             return by_scores(gives + _PREDICTS * self.fisher[name])
+        if self.score != "magnitude" and not behind:
+            products = product_scores(self.model, self.ctx, group, self.feeds)
+            if products is not None:
+                return by_scores(products)
         return by_scores(magnitudes(self.model, group))
 
     def _seconds(self, behind: Sequence[Reader]) -> dict[tuple[str, int], Float64]:

@@ -353,3 +353,21 @@ def test_extreme_samples_do_not_decide_the_repair(mlp: Model, calibrated: Contex
     prune = Pipeline.parse("prune-channels{ratio=0.7,round-to=1}")
     lost = [errors(ctx, mlp, prune.run(mlp, some).model) for some in (ctx, spiked)]
     assert lost[1] < 1.1 * lost[0]
+
+
+def test_dimensions_of_queries_and_keys_go_by_what_they_give(calibrated: Context) -> None:
+    """Against ‖X·Wq_u‖·‖X·Wk_u‖ by numpy, with two query heads per key."""
+    model = with_weights(GROUPED)
+    ctx = calibrated(model, 16)
+    pruner = Pruner.of(model, ctx, "surgeon", "none", 512)
+    x = np.concatenate([feed["x"].reshape(-1, 6) for feed in pruner.feeds]).astype(np.float64)
+    wq, wk = (
+        model.graph.initializers[name].const_value.numpy()  # type: ignore[union-attr]
+        for name in ("wq", "wk")
+    )
+    queries = np.square(x @ wq).sum(axis=0).reshape(4, 2).sum(axis=0)
+    keys = np.square(x @ wk).sum(axis=0).reshape(2, 2).sum(axis=0) * 2
+    truth = np.sqrt(queries * keys)
+    ranking = pruner.ranking("query#dimensions")
+    np.testing.assert_allclose(ranking.costs, np.sort(truth), rtol=1e-5)
+    assert list(ranking.order) == list(np.argsort(truth))
