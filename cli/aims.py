@@ -11,8 +11,8 @@ from octavo.ir.budgets import parse_seconds
 NO_LIMIT = "none"
 # Bytes below a size budget that the next plan aims at: names and tables vary by less.
 MARGIN_BYTES = 64
-# Timing noise that a latency budget leaves to a file, and what the next plan aims below.
-_AIM = 0.98
+# What files may take of a latency budget whose seconds are known to 1 %, and what a plan aims at.
+_KEPT, _AIM = 0.99, 0.97
 # Files that take less of the latency budget leave some of it unused.
 _UNUSED = 0.95
 # Scales of the latency budget this close to each other lead to files that time alike.
@@ -49,11 +49,15 @@ class Aims:
         """Whether scales are left between what kept to the latency and what broke it."""
         return self.broke > self.kept * _CLOSE
 
+    def keeps(self, over: float, share: float) -> bool:
+        """Whether a file keeps to both budgets, however the noise of its latency falls."""
+        return over <= 0 and share <= _KEPT
+
     def tighten(self, over: float, share: float) -> None:
         """Aim lower after a file with so many bytes too many and so much of the latency."""
         if over > 0 and self.size is not None:
             self.size -= over + MARGIN_BYTES
-        if share > 1:
+        if share > _KEPT:
             self.broke = min(self.broke, self.scale)
             self._move(share)
 

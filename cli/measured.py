@@ -31,8 +31,6 @@ _BENCH_SECONDS = 0.3
 _BUDGET_SECONDS = 2.0
 # Of outputs that an artifact's folder holds, beyond those of one probe.
 _KEPT_BYTES = 32 << 20
-# Ratios of medians are known to 1 %.
-_NOISE = 1.01
 
 
 @final
@@ -75,9 +73,9 @@ class Measured:
         return speeds
 
     def share(self, artifact: Artifact, seconds: Callable[[float], float]) -> float:
-        """What an artifact takes of a budget at most; that may depend on the source's seconds."""
+        """What an artifact takes of a budget, which may depend on the source's seconds."""
         source, own = self._bench([artifact], _BUDGET_SECONDS).rows
-        return _NOISE * source.median_seconds / own.speed / seconds(source.median_seconds)
+        return source.median_seconds / own.speed / seconds(source.median_seconds)
 
     def final_bench(self, best: Artifact) -> Bench:
         """The latency the output reports: of this process, never from the cache."""

@@ -202,6 +202,7 @@ class Planner:
         """A candidate whose file keeps to size and latency; else the last, and what it misses.
 
         Of plans that keep to both, the last was given the most time. Only that one is refined.
+        One that keeps to the latency by less than its noise is the last resort.
         """
         aims = Aims(budget, latency)
         fitting: tuple[Candidate, Aims] | None = None
@@ -215,7 +216,7 @@ class Planner:
                 break
             missed, over, share = self._check(candidate, budget, latency)
             last = candidate, missed
-            if missed:
+            if not aims.keeps(over, share):
                 aims.tighten(over, share)
                 if fitting is not None and not aims.open:
                     break
