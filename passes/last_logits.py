@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir
 
 from octavo.ir.constants import constant_behind
+from octavo.passes.rewrite import Rewrite
 
 if TYPE_CHECKING:
     from octavo.ir.model import Model
+    from octavo.passes.base import PassContext
 
 # Each position of `[B, T, C]` by itself, beside constants without positions.
 _ONE_BY_ONE = ("Add", "Cast", "Div", "Identity", "MatMul", "Mul", "Sub", "Tanh")
 
 
-def last_logits(model: Model) -> Model:
+def last_logits(model: Model, ctx: PassContext) -> Model:
     """The model with `[B, 1, tokens]` for a first output `[B, T, tokens]`.
 
     What only the first output reads, and works on every position by itself, runs on the last one:
@@ -35,20 +36,14 @@ def last_logits(model: Model) -> Model:
     if not products:
         return model
     node, value = steps[products[-1]]
-    last = onnx_ir.Value(name=_free_name(own, "last_position"), type=value.type)
-    index = onnx_ir.tensor(np.array([-1]), name=f"{last.name}_index")
-    place = onnx_ir.Value(
-        name=index.name,
-        const_value=index,
-        shape=onnx_ir.Shape([1]),
-        type=onnx_ir.TensorType(index.dtype),
-    )
-    own.graph.register_initializer(place)
+    rewrite = Rewrite(own, ctx)
+    last = onnx_ir.Value(name=rewrite.fresh("last_position"), type=value.type)
     gather = onnx_ir.Node(
-        "", "Gather", [value, place], [onnx_ir.AttrInt64("axis", 1)],
+        "", "Gather", [value, None], [onnx_ir.AttrInt64("axis", 1)],
         outputs=[last], name=last.name,
     )  # fmt: skip
     own.graph.insert_before(node, gather)
+    rewrite.set_constant(gather, 1, np.array([-1]), "index")
     node.replace_input_with(list(node.inputs).index(value), last)
     for made, _ in steps[: products[-1] + 1]:
         made.outputs[0].shape = None
@@ -71,9 +66,3 @@ def _position_by_position(
         return None
     most = 2 if node.op_type == "MatMul" else 1
     return (node, moving[0]) if all(len(t.shape) <= most for t in fixed) else None
-
-
-def _free_name(model: Model, stem: str) -> str:
-    taken = {v.name for node in model.graph for v in (*node.inputs, *node.outputs) if v is not None}
-    names = itertools.chain([stem], (f"{stem}_{k}" for k in itertools.count(1)))
-    return next(name for name in names if name not in taken)

@@ -81,9 +81,8 @@ class TextSynthesis:
     def _written(self, tokens: TokenFeeds) -> Synthetic:
         """Both groups are written at the same time."""
         begin, fixed = tokens.vocabulary.begin, self.inputs.fixed_length
-        run: Run = self.ctx.evaluator.load(
-            self.inputs.model if fixed else last_logits(self.inputs.model)
-        )
+        model = self.inputs.model if fixed else last_logits(self.inputs.model, self.ctx)
+        run: Run = self.ctx.evaluator.load(model)
         own = OwnText(self.inputs, tokens.words, begin, self.how.length, run)
         count, tokens_of = -(-self.how.samples // _GROUPS), [0] * _GROUPS
 

@@ -221,7 +221,7 @@ def test_a_decoder_with_a_head_writes_as_the_whole_model_would(pass_context: Pas
     rng = np.random.default_rng(0)
     table, head, bias = (rng.standard_normal(s) for s in ((ROWS, 4), (4, ROWS), (ROWS,)))
     model = _model(HEADED, table=table, head=head, bias=bias)
-    last = last_logits(model)
+    last = last_logits(model, pass_context)
     ids = rng.integers(0, ROWS, (2, 7))
     run, whole = (pass_context.evaluator.load(each) for each in (last, model))
     found, expected = run({"input_ids": ids}), whole({"input_ids": ids})
@@ -245,11 +245,11 @@ def test_a_decoder_with_a_head_writes_as_the_whole_model_would(pass_context: Pas
         ("hidden = Identity (e)", "hidden = Identity (d)"),
     ],
 )
-def test_only_products_with_a_head_are_cut(old: str, new: str) -> None:
+def test_only_products_with_a_head_are_cut(old: str, new: str, pass_context: PassContext) -> None:
     """Products of two activations, and values that are read elsewhere, stay whole."""
     text = HEADED.replace(old, new)
     model = _model(text)
-    assert last_logits(model) is model
+    assert last_logits(model, pass_context) is model
 
 
 def test_a_cache_is_carried_from_step_to_step(pass_context: PassContext) -> None:
