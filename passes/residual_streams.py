@@ -9,19 +9,22 @@ with a scale per channel is in the way, until the layers behind it take the scal
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, final
 
 import numpy as np
+import onnx_ir
 
 from octavo.ir.axis_groups import Refusal, axis_groups
 from octavo.ir.axis_rules_elementwise import reduced_axes
 from octavo.ir.extract import values_by_name
+from octavo.ir.mapped import reading
 from octavo.passes.rewrite import constant, is_op, only_reader, owned, scalar
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
 
-    import onnx_ir
+    from numpy.typing import NDArray
 
     from octavo.ir.axis_groups import AxisGroup
     from octavo.ir.axis_links import Axis
@@ -74,6 +77,21 @@ def rotated_constants(model: Model, group: AxisGroup) -> dict[str, list[int]]:
         if value is not None and value.const_value is not None:
             found.setdefault(name, []).append(axis)
     return found
+
+
+def rotate_constants(
+    model: Model,
+    group: AxisGroup,
+    rotated: Callable[[Axis, NDArray[np.generic]], NDArray[np.generic]],
+) -> None:
+    """Replace the constants of a group by what they are with each of their axes rotated."""
+    values = values_by_name(model)
+    for name, axes in rotated_constants(model, group).items():
+        value = values[name]
+        for axis in axes:
+            assert value.const_value is not None
+            array = reading(value.const_value, partial(rotated, (name, axis)))
+            value.const_value = onnx_ir.tensor(array, value.const_value.dtype, name=name)
 
 
 def folds(scale: onnx_ir.Node) -> list[onnx_ir.Node]:

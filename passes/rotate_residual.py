@@ -4,27 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, final
 
 import numpy as np
-import onnx_ir
 
-from octavo.ir.extract import values_by_name
 from octavo.ir.facts import Portable
-from octavo.ir.mapped import reading
 from octavo.ir.reference import Original, with_original
 from octavo.passes.base import Pass
 from octavo.passes.collect_moments import collected
 from octavo.passes.linear import Linear
 from octavo.passes.low_rank import with_sign
-from octavo.passes.residual_streams import folds, residual_streams, rotated_constants, scale_input
+from octavo.passes.residual_streams import folds, residual_streams, rotate_constants, scale_input
 from octavo.passes.rewrite import Rewrite, constant
 
 if TYPE_CHECKING:
+    import onnx_ir
     from numpy.typing import NDArray
 
     from octavo.ir.axis_groups import AxisGroup
+    from octavo.ir.axis_links import Axis
     from octavo.ir.model import Model
     from octavo.passes.base import PassContext
     from octavo.passes.residual_streams import Stream
@@ -126,22 +124,12 @@ def fold_scales(model: Model, ctx: PassContext, streams: Sequence[Stream]) -> No
 
 def rotate(model: Model, group: AxisGroup, rotation: Float64) -> None:
     """Multiply every constant of a group by `rotation` `[D, D]` along the axes it shares."""
-    values = values_by_name(model)
-    for name, axes in rotated_constants(model, group).items():
-        value = values[name]
-        assert value.const_value is not None
-        array = reading(value.const_value, partial(_along, axes, rotation))
-        value.const_value = onnx_ir.tensor(array, value.const_value.dtype, name=name)
 
+    def rotated(axis: Axis, array: NDArray[np.generic]) -> NDArray[np.generic]:
+        turned = np.tensordot(array, rotation.astype(array.dtype), axes=(axis[1], 0))
+        return np.ascontiguousarray(np.moveaxis(turned, -1, axis[1]))
 
-def _along(
-    axes: Sequence[int], rotation: Float64, array: NDArray[np.generic]
-) -> NDArray[np.generic]:
-    found = np.asarray(array)
-    for axis in axes:
-        turned = np.tensordot(found, rotation.astype(found.dtype), axes=(axis, 0))
-        found = np.moveaxis(turned, -1, axis)
-    return np.ascontiguousarray(found)
+    rotate_constants(model, group, rotated)
 
 
 def _readers(model: Model, group: AxisGroup) -> Iterator[onnx_ir.Node]:

@@ -8,17 +8,14 @@ from functools import partial
 from typing import TYPE_CHECKING, final
 
 import numpy as np
-import onnx_ir
 
 from octavo.ir.axis_groups import axis_groups
-from octavo.ir.extract import values_by_name
 from octavo.ir.facts import Portable
-from octavo.ir.mapped import reading
 from octavo.ir.reference import Original, with_original
 from octavo.passes.base import Pass
 from octavo.passes.collect_moments import collected
 from octavo.passes.prune_readers import readers
-from octavo.passes.residual_streams import rotated_constants, why_fixed
+from octavo.passes.residual_streams import rotate_constants, rotated_constants, why_fixed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -111,15 +108,11 @@ def rotate_heads(
 
     `owner` says for the blocks of U indices along each axis whose they are.
     """
-    values = values_by_name(model)
-    for name, axes in rotated_constants(model, group).items():
-        value = values[name]
-        assert value.const_value is not None
-        for axis in axes:
-            turned = reading(
-                value.const_value, partial(_turned, axis, rotations[owner[name, axis]])
-            )
-            value.const_value = onnx_ir.tensor(turned, value.const_value.dtype, name=name)
+
+    def rotated(axis: Axis, array: NDArray[np.generic]) -> NDArray[np.generic]:
+        return _turned(axis[1], rotations[owner[axis]], array)
+
+    rotate_constants(model, group, rotated)
 
 
 def _turned(axis: int, rotations: Float64, array: NDArray[np.generic]) -> NDArray[np.generic]:
