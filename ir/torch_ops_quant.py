@@ -107,21 +107,6 @@ def fake_quant(
     return (rounded.clamp(qmin, qmax) - zero_point) * scale
 
 
-def fake_quant_blocks(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    blocked_shape: Tensor,
-    *,
-    qmin: float,
-    qmax: float,
-    spec: str,
-) -> Tensor:
-    """FakeQuantBlocks: FakeQuant of x in `blocked_shape`."""
-    blocks = x.reshape(blocked_shape.tolist())
-    return fake_quant(blocks, scale, zero_point, qmin=qmin, qmax=qmax, spec=spec).reshape(x.shape)
-
-
 def fake_quant_dynamic(x: Tensor) -> Tensor:
     """FakeQuantDynamic; the parameters it finds count as constants."""
     scale, zero = _dynamic_params(x.detach())
@@ -145,20 +130,24 @@ def fake_quant_float4(
     return (real + (_to_float4(real) - real).detach()) * scale
 
 
-def fake_quant_float4_blocks(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    blocked_shape: Tensor,
-    *,
-    qmin: float,
-    qmax: float,
-    spec: str,
-) -> Tensor:
-    """FakeQuantFloat4Blocks: FakeQuantFloat4 of x in `blocked_shape`."""
-    blocks = x.reshape(blocked_shape.tolist())
-    found = fake_quant_float4(blocks, scale, zero_point, qmin=qmin, qmax=qmax, spec=spec)
-    return found.reshape(x.shape)
+def in_blocks(rounding: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The form for blocks of an operator: what it does to x in `blocked_shape`."""
+
+    def rounded(
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        blocked_shape: Tensor,
+        *,
+        qmin: float,
+        qmax: float,
+        spec: str,
+    ) -> Tensor:
+        blocks = x.reshape(blocked_shape.tolist())
+        found = rounding(blocks, scale, zero_point, qmin=qmin, qmax=qmax, spec=spec)
+        return found.reshape(x.shape)
+
+    return rounded
 
 
 def fake_quant_levels(x: Tensor, levels: Tensor, *, axis: int, bits: int) -> Tensor:
@@ -228,10 +217,10 @@ OPS: dict[str, Callable[..., Any]] = {
 SEVERAL: dict[str, Callable[..., Any]] = {"DynamicQuantizeLinear": quantize_dynamic}
 OCTAVO: dict[str, Callable[..., Any]] = {
     "FakeQuant": fake_quant,
-    "FakeQuantBlocks": fake_quant_blocks,
+    "FakeQuantBlocks": in_blocks(fake_quant),
     "FakeQuantDynamic": fake_quant_dynamic,
     "FakeQuantFloat4": fake_quant_float4,
-    "FakeQuantFloat4Blocks": fake_quant_float4_blocks,
+    "FakeQuantFloat4Blocks": in_blocks(fake_quant_float4),
     "FakeQuantFloat8": fake_quant_float8,
     "FakeQuantLevels": fake_quant_levels,
 }
