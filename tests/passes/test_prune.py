@@ -40,30 +40,8 @@ mlp (float[N,6] x) => (float[N,4] y)
     [out] y = Add (o, b2)
 }
 """
-# Four query heads of two dimensions that share two keys and values.
-GROUPED = """
-<ir_version: 10, opset_import: ["" : 21]>
-grouped (float[N,3,6] x) => (float[N,3,5] y)
-<float[6,8] wq = {0}, float[6,4] wk = {0}, float[6,4] wv = {0}, float[8,5] wo = {0},
- int64[4] q_heads = {0,0,4,2}, int64[4] kv_heads = {0,0,2,2}, int64[1] two = {2},
- int64[5] twice = {1,1,2,1,1}, int64[4] joined = {0,4,3,2}, int64[3] whole = {0,0,8}> {
-    [query] q = MatMul (x, wq)
-    [key] k = MatMul (x, wk)
-    [value] v = MatMul (x, wv)
-    q1 = Reshape (q, q_heads)  q2 = Transpose <perm = [0, 2, 1, 3]> (q1)
-    k1 = Reshape (k, kv_heads)  k2 = Transpose <perm = [0, 2, 1, 3]> (k1)
-    v1 = Reshape (v, kv_heads)  v2 = Transpose <perm = [0, 2, 1, 3]> (v1)
-    k3 = Unsqueeze (k2, two)  k4 = Expand (k3, twice)  k5 = Reshape (k4, joined)
-    v3 = Unsqueeze (v2, two)  v4 = Expand (v3, twice)  v5 = Reshape (v4, joined)
-    kt = Transpose <perm = [0, 1, 3, 2]> (k5)
-    [scores] s = MatMul (q2, kt)
-    [soft] p = Softmax (s)
-    [mix] m = MatMul (p, v5)
-    t = Transpose <perm = [0, 2, 1, 3]> (m)
-    j = Reshape (t, whole)
-    [out] y = MatMul (j, wo)
-}
-"""
+# Four query heads of three dimensions; two of them share a key and a value.
+GROUPED = Path(__file__).with_name("grouped_attention.txt").read_text(encoding="utf-8")
 WIDE = 1e-5
 
 
@@ -321,7 +299,7 @@ def test_heads_that_share_keys_go_one_way_only(calibrated: Context) -> None:
     assert any("are an alternative to 'query#heads'" in r.text for r in remarks)
     left = {n: v.const_value for n, v in found.model.graph.initializers.items() if v.const_value}
     assert [tuple(left[n].shape) for n in ("wq", "wk", "wv", "wo")] == [
-        (6, 4), (6, 2), (6, 2), (4, 5),
+        (6, 6), (6, 3), (6, 3), (6, 5),
     ]  # fmt: skip
 
 
@@ -365,8 +343,8 @@ def test_dimensions_of_queries_and_keys_go_by_what_they_give(calibrated: Context
         model.graph.initializers[name].const_value.numpy()  # type: ignore[union-attr]
         for name in ("wq", "wk")
     )
-    queries = np.square(x @ wq).sum(axis=0).reshape(4, 2).sum(axis=0)
-    keys = np.square(x @ wk).sum(axis=0).reshape(2, 2).sum(axis=0) * 2
+    queries = np.square(x @ wq).sum(axis=0).reshape(4, 3).sum(axis=0)
+    keys = np.square(x @ wk).sum(axis=0).reshape(2, 3).sum(axis=0) * 2
     truth = np.sqrt(queries * keys)
     ranking = pruner.ranking("query#dimensions")
     np.testing.assert_allclose(ranking.costs, np.sort(truth), rtol=1e-5)

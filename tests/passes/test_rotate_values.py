@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -20,29 +21,7 @@ from octavo.passes.pipeline import Pipeline
 Context = Callable[..., PassContext]
 
 # Four query heads of three dimensions; two of them share a key and a value.
-TEXT = """
-<ir_version: 10, opset_import: ["" : 21]>
-grouped (float[N,4,6] x) => (float[N,4,5] y)
-<float[6,12] wq = {0}, float[6,6] wk = {0}, float[6,6] wv = {0}, float[12,5] wo = {0},
- int64[4] q_heads = {0,0,4,3}, int64[4] kv_heads = {0,0,2,3}, int64[1] two = {2},
- int64[5] twice = {1,1,2,1,1}, int64[4] joined = {0,4,4,3}, int64[3] whole = {0,0,12}> {
-    [query] q = MatMul (x, wq)
-    [key] k = MatMul (x, wk)
-    [value] v = MatMul (x, wv)
-    q1 = Reshape (q, q_heads)  q2 = Transpose <perm = [0, 2, 1, 3]> (q1)
-    k1 = Reshape (k, kv_heads)  k2 = Transpose <perm = [0, 2, 1, 3]> (k1)
-    v1 = Reshape (v, kv_heads)  v2 = Transpose <perm = [0, 2, 1, 3]> (v1)
-    k3 = Unsqueeze (k2, two)  k4 = Expand (k3, twice)  k5 = Reshape (k4, joined)
-    v3 = Unsqueeze (v2, two)  v4 = Expand (v3, twice)  v5 = Reshape (v4, joined)
-    kt = Transpose <perm = [0, 1, 3, 2]> (k5)
-    [scores] s = MatMul (q2, kt)
-    [soft] p = Softmax (s)
-    [mix] m = MatMul (p, v5)
-    t = Transpose <perm = [0, 2, 1, 3]> (m)
-    [join] j = Reshape (t, whole)
-    [out] y = MatMul (j, wo)
-}
-"""
+TEXT = Path(__file__).with_name("grouped_attention.txt").read_text(encoding="utf-8")
 # Sums in float32, in another order.
 RELATIVE = 2e-5
 DIMENSIONS, HEADS = 3, 2
