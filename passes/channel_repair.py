@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import partial, reduce
 from typing import TYPE_CHECKING, final
 
 import numpy as np
@@ -11,7 +11,9 @@ import numpy as np
 from octavo.ir.calibration import Part, first_samples, samples_of
 from octavo.ir.errors import CalibrationError
 from octavo.ir.reference import Reference
+from octavo.ir.synthetic import origin_of
 from octavo.passes.affine_layers import affine_layers
+from octavo.passes.evidence import batch_norms
 from octavo.passes.joint_moments import JointMoments
 from octavo.passes.layer_walk import Segment, Walk, segments
 from octavo.passes.output_damage import OutputDamage
@@ -19,11 +21,12 @@ from octavo.passes.rewrite import Rewrite
 from octavo.passes.sample_macs import affordable_samples, sample_macs
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from octavo.ir.calibration import Feed
+    from octavo.ir.facts import Norm
     from octavo.ir.model import Model
     from octavo.passes.affine_layers import AffineLayer
     from octavo.passes.base import PassContext
@@ -59,12 +62,23 @@ def bias_match(moments: JointMoments) -> Correction:
     return np.ones(moments.mean.shape), moments.mean - moments.mean_q
 
 
+def stored_match(halves: Sequence[JointMoments], stored: Norm) -> Correction:
+    """Ratio and shift that give a float layer the moments that its normalization has stored."""
+    found = reduce(JointMoments.merged, halves)
+    mean, variance = (a.astype(np.float64) for a in (stored.beta, stored.gamma**2))
+    return moment_match(
+        replace(found, mean=mean, variance=variance, mean_q=found.mean, variance_q=found.variance)
+    )
+
+
 @final
 @dataclass(frozen=True)
 class ChannelRepair:
     """Corrects layers in topological order, so that each is measured behind corrected ones.
 
-    Half of the feeds decide about the other half's corrections.
+    Half of the feeds decide about the other half's corrections. Behind a layer whose moments a
+    BatchNormalization has stored, both models go on with these moments where the feeds were made
+    to have them: what they lack would add up from layer to layer, and errors of means with it.
     """
 
     ctx: PassContext
@@ -100,15 +114,20 @@ class ChannelRepair:
         walks = [
             Walk(of, ctx.evaluator, feeds, ctx.executor, ctx.workdir) for of in (reference, model)
         ]
-        rewrite, corrected = Rewrite(model, self.ctx), 0
+        rewrite, corrected, stored = Rewrite(model, self.ctx), 0, self._stored(reference)
         for done, (layer, *pair) in enumerate(zip(layers, *paths, strict=True), start=1):
             for walk, segment in zip(walks, pair, strict=True):
                 walk.step(segment)
-            correction = self._correction(layer, walks, pair)
+            halves = self._halves(layer, walks, pair)
+            correction = self._correction(layer, halves)
             if correction is not None:
                 layer.transform(rewrite, *correction)
                 corrected += 1
                 walks[1].change(pair[1], partial(_affine, layer.axis, *correction))
+            if halves and pair[0].value in stored:
+                standard = stored_match(halves, stored[pair[0].value])
+                for walk, segment in zip(walks, pair, strict=True):
+                    walk.change(segment, partial(_affine, layer.axis, *standard))
             for walk, segment in zip(walks, pair, strict=True):
                 walk.leave(segment)
             self.ctx.progress("match moments", done, len(layers))
@@ -120,10 +139,15 @@ class ChannelRepair:
             return False
         return True
 
-    def _correction(
+    def _stored(self, reference: Model) -> Mapping[str, Norm]:
+        """What made data come close to and never reach, by value; nothing for other data."""
+        made = origin_of(self.ctx.calibration, None) == "synthetic-bn"
+        return batch_norms(reference) if made else {}
+
+    def _halves(
         self, layer: AffineLayer, walks: Sequence[Walk], pair: Sequence[Segment]
-    ) -> Correction | None:
-        """From all feeds, if that of one half brings the other half's moments closer."""
+    ) -> list[JointMoments]:
+        """The layer's moments on every other feed and on those between; one for a single feed."""
         halves: list[JointMoments | None] = [None, None]
         for index in range(len(walks[0].feeds)):
             real, rounded = (w.read(index, s.value) for w, s in zip(walks, pair, strict=True))
@@ -131,9 +155,13 @@ class ChannelRepair:
                 found = _finite(JointMoments.of(real, rounded, layer.axis), layer, index)
                 half = halves[index % 2]
                 halves[index % 2] = found if half is None else half.merged(found)
-        fit, check = halves[0] or halves[1], halves[1] or halves[0]
-        if fit is None or check is None:
+        return [half for half in halves if half is not None]
+
+    def _correction(self, layer: AffineLayer, halves: Sequence[JointMoments]) -> Correction | None:
+        """From all feeds, if that of one half brings the other half's moments closer."""
+        if not halves:
             return None
+        fit, check = halves[0], halves[-1]
         nothing = np.ones(layer.channels), np.zeros(layer.channels)
         scalable = self.scales and layer.scalable
         matches = (moment_match, bias_match) if scalable else (bias_match,)

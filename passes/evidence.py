@@ -12,8 +12,8 @@ from octavo.ir.facts import Norms
 from octavo.passes.output_damage import OutputDamage
 
 if TYPE_CHECKING:
-    import onnx_ir
 
+    from octavo.ir.facts import Norm
     from octavo.ir.model import Model
     from octavo.ir.synthetic import Origin
     from octavo.ir.torch_synthesis import Moments
@@ -36,12 +36,9 @@ class Evidence:
         """Read from Norms and the graph's structure."""
         from octavo.ir.torch_synthesis import Moments
 
-        norms, made = model.find(Norms) or Norms({}), _made(model)
-        found = {n: norm for n, norm in norms.by_value.items() if norm.kind == "batch"}
         moments = tuple(
             Moments(name, 1, norm.beta, np.abs(norm.gamma))
-            for name, norm in found.items()
-            if name in made
+            for name, norm in batch_norms(model).items()
         )
         return Evidence(moments, tuple(_attended(model)), _logits(model))
 
@@ -59,8 +56,11 @@ class Evidence:
         return "synthetic-bn" if self.moments else "synthetic-attention"
 
 
-def _made(model: Model) -> dict[str, onnx_ir.Value]:
-    return {value.name or "": value for node in model.graph for value in node.outputs}
+def batch_norms(model: Model) -> dict[str, Norm]:
+    """The BatchNormalizations, folded or not, whose values the graph still computes, by value."""
+    norms = model.find(Norms) or Norms({})
+    made = {value.name for node in model.graph for value in node.outputs}
+    return {n: norm for n, norm in norms.by_value.items() if norm.kind == "batch" and n in made}
 
 
 def _attended(model: Model) -> Iterator[str]:

@@ -26,7 +26,8 @@ class MatchMoments(Pass):
     Codes stay. Layers without scales per output channel get the mean alone.
     **Why.** Rounding narrows some channels and shifts others, and later layers and activation
     ranges expect neither. This is batch-norm tuning (Hubara et al. 2020, arXiv 2006.10518) of a
-    graph that has no batch norms any more.
+    graph that has no batch norms any more. Data made from stored statistics never has them quite:
+    behind such a layer both models go on with values that were given them.
     **When it does not apply.** There is no calibration data; a MatMul that no constant Add
     follows. Moments that do not come closer on the other half of the data stay as they are, and
     so does the whole model where its outputs do not.
