@@ -144,13 +144,13 @@ def _faithful_without_data(
     """Weight-only kernels where per-tensor dynamic activations change what the model answers.
 
     A few channels of large activations, as decoders have, leave no codes for all others; kernels
-    that quantize blocks of a row do not mind.
+    that quantize blocks of a row do not mind. What is not used is never lowered.
     """
-    before = measured.fidelity(dynamic.artifact).agreement
+    before = measured.foreseen(dynamic.compilation.model).agreement
     if before is None or before >= measured.request.min_agreement:
         return dynamic
     blocked = build("weight-only", ctx, weight_only=True)
-    after = measured.fidelity(blocked.artifact).agreement
+    after = measured.foreseen(blocked.compilation.model).agreement
     if after is None or after <= before:
         return dynamic
     notes.append(

@@ -91,6 +91,10 @@ class Measured:
             release_memory()
         return self.compared[path]
 
+    def foreseen(self, model: Model) -> Fidelity:
+        """What its FakeQuants say of a model that is not lowered; a large one runs in parts."""
+        return compare(self.reference, self.evaluator.outputs(model, self.probes))
+
     def proven(self, artifact: Artifact, count: int) -> tuple[Fidelity, tuple[Outputs, ...]]:
         """The fidelity of an artifact, and what it gives for the first probes alone.
 
