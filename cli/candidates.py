@@ -86,7 +86,7 @@ def fastest(
         return kept, (*said, *why)
     notes: list[str] = []
     if first.has("dynamic") and not first.has("static"):
-        first = _faithful_without_data(build, ctx, measured, first, notes)
+        first = _faithful_without_data(build, base, ctx, measured, first, notes)
     candidates, own = [first], ctx
     if not first.has("weight-only"):
         own = replace(ctx, cost=_measured_cost(first, ctx, measured))
@@ -139,18 +139,24 @@ def _with_seconds(first: Candidate, plan: Plan) -> Candidate:
 
 
 def _faithful_without_data(
-    build: Build, ctx: PassContext, measured: Measured, dynamic: Candidate, notes: list[str]
+    build: Build,
+    base: Model,
+    ctx: PassContext,
+    measured: Measured,
+    dynamic: Candidate,
+    notes: list[str],
 ) -> Candidate:
     """Weight-only kernels where per-tensor dynamic activations change what the model answers.
 
     A few channels of large activations, as decoders have, leave no codes for all others; kernels
-    that quantize blocks of a row do not mind. What is not used is never lowered.
+    that quantize blocks of a row do not mind. What is not used is never lowered. What passes in
+    front of the decision cost is not held against a kernel.
     """
-    before = measured.foreseen(dynamic.compilation.model).agreement
+    before = measured.foreseen(dynamic.compilation.model, base).agreement
     if before is None or before >= measured.request.min_agreement:
         return dynamic
     blocked = build("weight-only", ctx, weight_only=True)
-    after = measured.foreseen(blocked.compilation.model).agreement
+    after = measured.foreseen(blocked.compilation.model, base).agreement
     if after is None or after <= before:
         return dynamic
     notes.append(

@@ -91,9 +91,10 @@ class Measured:
             release_memory()
         return self.compared[path]
 
-    def foreseen(self, model: Model) -> Fidelity:
-        """What its FakeQuants say of a model that is not lowered; a large one runs in parts."""
-        return compare(self.reference, self.evaluator.outputs(model, self.probes))
+    def foreseen(self, model: Model, base: Model) -> Fidelity:
+        """How far FakeQuants move the outputs of `base`, in a model that is not lowered."""
+        before, after = (self.evaluator.outputs(each, self.probes) for each in (base, model))
+        return compare(before, after)
 
     def proven(self, artifact: Artifact, count: int) -> tuple[Fidelity, tuple[Outputs, ...]]:
         """The fidelity of an artifact, and what it gives for the first probes alone.
