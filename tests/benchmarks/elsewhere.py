@@ -38,7 +38,8 @@ def quantize(tool: str, python: Path, case: Case, source: Path, given: Path, tar
     # Some tools write to the file they are given, and to the folder they run in.
     own = target.with_suffix(".source.onnx")
     shutil.copyfile(source, own)
-    command = [python.absolute(), script, tool, own, given, target, *kind]
+    # Without -P a tool that asks for TensorRT would find the module of that name beside the script.
+    command = [python.absolute(), "-P", script, tool, own, given, target, *kind]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=target.parent)
     if done.returncode:
         raise RuntimeError(done.stdout + done.stderr)
