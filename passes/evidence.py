@@ -12,7 +12,6 @@ from octavo.ir.facts import Norms
 from octavo.passes.output_damage import OutputDamage
 
 if TYPE_CHECKING:
-
     from octavo.ir.facts import Norm
     from octavo.ir.model import Model
     from octavo.ir.synthetic import Origin
