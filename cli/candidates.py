@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, final
 
+from octavo.backends.fidelity import compare
 from octavo.cli.faithful import faithful
 from octavo.ir.cost import AnalyticCost, MeasuredCost
 from octavo.ir.facts import Plan
@@ -152,11 +153,12 @@ def _faithful_without_data(
     that quantize blocks of a row do not mind. What is not used is never lowered. What passes in
     front of the decision cost is not held against a kernel.
     """
-    before = measured.foreseen(dynamic.compilation.model, base).agreement
+    reference = measured.outputs(base)
+    before = compare(reference, measured.outputs(dynamic.compilation.model)).agreement
     if before is None or before >= measured.request.min_agreement:
         return dynamic
     blocked = build("weight-only", ctx, weight_only=True)
-    after = measured.foreseen(blocked.compilation.model, base).agreement
+    after = compare(reference, measured.outputs(blocked.compilation.model)).agreement
     if after is None or after <= before:
         return dynamic
     notes.append(

@@ -91,10 +91,9 @@ class Measured:
             release_memory()
         return self.compared[path]
 
-    def foreseen(self, model: Model, base: Model) -> Fidelity:
-        """How far FakeQuants move the outputs of `base`, in a model that is not lowered."""
-        before, after = (self.evaluator.outputs(each, self.probes) for each in (base, model))
-        return compare(before, after)
+    def outputs(self, model: Model) -> tuple[Outputs, ...]:
+        """What a model that is not lowered gives for the probes; a large one runs in parts."""
+        return tuple(self.evaluator.outputs(model, self.probes))
 
     def proven(self, artifact: Artifact, count: int) -> tuple[Fidelity, tuple[Outputs, ...]]:
         """The fidelity of an artifact, and what it gives for the first probes alone.
@@ -118,7 +117,7 @@ class Measured:
     @cached_property
     def reference(self) -> tuple[Outputs, ...]:
         """The outputs of the source for the probes."""
-        return tuple(self.evaluator.outputs(self.model, self.probes))
+        return self.outputs(self.model)
 
     def _bench(self, artifacts: Sequence[Artifact], seconds: float = _BENCH_SECONDS) -> Bench:
         files = [artifact.path for artifact in artifacts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -12,6 +13,10 @@ import pytest
 
 import octavo as public
 from octavo.backends.ort_backend import OrtBackend
+
+if TYPE_CHECKING:
+    from octavo.ir.artifact import Artifact
+    from octavo.ir.model import Model
 
 _TEXT = """<ir_version: 10, opset_import: ["" : 21]> g (float[N,256] x) => (float[N,256] y)
     <float[256,512] a, float[512,512] b, float[512,256] c> {
@@ -43,9 +48,9 @@ def test_kernels_that_change_the_answers_are_neither_used_nor_lowered(
     lowered: list[str] = []
     lower = OrtBackend.lower
 
-    def spied(self: OrtBackend, planned: object, path: Path) -> object:
+    def spied(self: OrtBackend, planned: Model, path: Path) -> Artifact:
         lowered.append(path.parent.name)
-        return lower(self, planned, path)  # type: ignore[arg-type]
+        return lower(self, planned, path)
 
     monkeypatch.setattr(OrtBackend, "lower", spied)
     compiled = public.compile(model, shapes=_SHAPES)
