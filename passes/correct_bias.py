@@ -23,6 +23,8 @@ class CorrectBias(Pass):
     **What it does.** Goes through the layers in topological order and adds to each bias the
     difference between the means of the float and the quantized output, `E[y] - E[y_q]`, measured
     behind layers already corrected (Nagel et al. 2019, arXiv 1906.04721, with data).
+    Data made from stored statistics never has them quite: behind such a layer both models go on
+    with values that were given them.
     **Why.** Rounding shifts the means of channels, more than anything in depthwise convolutions.
     **When it does not apply.** There is no calibration data; a MatMul that no constant Add
     follows. Means that do not come closer on the other half of the data stay as they are, and so
