@@ -18,7 +18,7 @@ from octavo.ir.torch_reconstruction import target_name
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from octavo.ir.torch_fit import Outcome, Samples
+    from octavo.ir.torch_fit import Batches, Outcome, Samples
     from octavo.ir.torch_student import Rates, Student
 
 LABELS = "octavo.labels"
@@ -26,6 +26,7 @@ CLASSES, MAPS = "octavo.classes", "octavo.maps"
 # The label of a row that has none.
 UNSURE = -1
 _CHECKED = 32
+_PARTS = 2
 _TINY = 1e-12
 
 
@@ -57,7 +58,7 @@ class Lesson:
     def run(
         self,
         student: Student,
-        train: Samples,
+        train: Batches,
         check: Samples,
         rates: Rates,
         seconds: float,
@@ -75,7 +76,7 @@ class Lesson:
             progress(done, steps)
             return done % self.check_every == 0 and best.look() >= self.patience
 
-        fit = Fit(self.steps, self.batch, seconds, seed, on_step)
+        fit = Fit(self.steps, self.batch, seconds, seed, on_step, _PARTS)
         outcome = fit.run(student, train, rates, loss)
         best.look()
         student.restore(best.snapshot)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, final
+from threading import Lock
+from typing import TYPE_CHECKING, Protocol, final
 
 import torch
 from torch import Tensor
@@ -14,7 +17,7 @@ from octavo.ir.calibration import samples_of
 from octavo.ir.torch_values import as_torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping
 
     from octavo.ir.calibration import Feed
     from octavo.ir.torch_student import Rates, Student
@@ -25,6 +28,17 @@ _RESTARTS = 3
 _SLOWER = 0.25
 _WARM_STEPS = 5
 _TINY = 1e-9
+
+
+class Batches(Protocol):
+    """Where training gets its batches."""
+
+    @property
+    def rows(self) -> bool:
+        """Whether a batch is made of samples along the first axis of all its arrays."""
+
+    def draw(self, generator: torch.Generator, size: int) -> dict[str, Tensor]:
+        """A batch of `size` samples, or a feed."""
 
 
 @final
@@ -69,7 +83,9 @@ class Fit:
     """How long to train: at most `steps` batches of `batch` samples and about `seconds`.
 
     Step sizes fall by a half cosine. `on_step(done, steps)` may return True to stop. Where a loss
-    is not finite, training starts over with smaller steps, three times at most.
+    is not finite, training starts over with smaller steps, three times at most. A batch of samples
+    is divided into `parts` that are differentiated at the same time, whatever the number of cores,
+    so that sums are the same everywhere.
     """
 
     steps: int
@@ -77,8 +93,9 @@ class Fit:
     seconds: float
     seed: int
     on_step: Callable[[int, int], bool] = field(default=lambda done, steps: False)
+    parts: int = 1
 
-    def run(self, student: Student, samples: Samples, rates: Rates, loss: Loss) -> Outcome:
+    def run(self, student: Student, samples: Batches, rates: Rates, loss: Loss) -> Outcome:
         """Train; the student is left where it ended, or began if every loss diverged.
 
         `loss(progress, batch)` runs the student; it is told what share of the training is done.
@@ -88,7 +105,9 @@ class Fit:
         for restarts in range(_RESTARTS + 1):
             clock = _Clock(self.steps, deadline)
             groups = student.groups(rates.times(slower))
-            taken = self._attempt(samples, groups, loss, clock)
+            with ThreadPoolExecutor(self.parts, initializer=_on_one_core) as executor:
+                descent = _Descent(loss, self.parts if samples.rows else 1, executor)
+                taken = self._attempt(samples, groups, descent, clock)
             if taken is not None:
                 return Outcome(taken, restarts, clock.late)
             student.restore(start)
@@ -97,9 +116,9 @@ class Fit:
 
     def _attempt(
         self,
-        samples: Samples,
+        samples: Batches,
         groups: list[dict[str, object]],
-        loss: Loss,
+        descent: _Descent,
         clock: _Clock,
     ) -> int | None:
         """Steps taken, `None` where a loss was not finite."""
@@ -115,15 +134,55 @@ class Fit:
             for group, rate in zip(adam.param_groups, rates, strict=True):
                 group["lr"] = rate * (1 + math.cos(math.pi * progress)) / 2
             batch = samples.draw(generator, self.batch)
-            adam.zero_grad(set_to_none=True)
-            value = loss(progress, batch)
-            if not math.isfinite(float(value.detach())):
+            variables = [v for group in adam.param_groups for v in group["params"]]
+            if not descent.gradients(progress, batch, variables):
                 return None
-            value.backward()  # type: ignore[no-untyped-call]
             adam.step()
             if self.on_step(step + 1, self.steps):
                 return step + 1
         return self.steps
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Descent:
+    """Gradients of a loss, of several parts of a batch at the same time."""
+
+    loss: Loss
+    parts: int
+    executor: ThreadPoolExecutor
+    # A graph holds one set of variables at a time: only the ways back run side by side.
+    forward: Lock = field(default_factory=Lock)
+
+    def gradients(
+        self, progress: float, batch: Mapping[str, Tensor], variables: Sequence[Tensor]
+    ) -> bool:
+        """Set the gradient of every variable; False where a loss is not finite."""
+        count = len(next(iter(batch.values())))
+        parts = min(self.parts, count)
+        cut = {name: value.tensor_split(parts) for name, value in batch.items()}
+        shares = [{name: pieces[k] for name, pieces in cut.items()} for k in range(parts)]
+        if parts == 1:
+            shares = [dict(batch)]
+
+        def one(share: dict[str, Tensor]) -> tuple[Tensor | None, ...] | None:
+            weight = len(next(iter(share.values()))) / count
+            with self.forward:
+                value = self.loss(progress, share)
+            if not math.isfinite(float(value.detach())):
+                return None
+            return torch.autograd.grad(weight * value, variables, allow_unused=True)
+
+        found = list(self.executor.map(one, shares))
+        rows = [row for row in found if row is not None]
+        for variable, *grads in zip(variables, *rows, strict=True):
+            known = [grad for grad in grads if grad is not None]
+            variable.grad = torch.stack(known).sum(0) if known else None
+        return len(rows) == len(found)
+
+
+def _on_one_core() -> None:
+    torch.set_num_threads(1)
 
 
 @final

@@ -29,10 +29,11 @@ class Rates:
     scales: float
     vectors: float
     activations: float
+    matrices: float = 0.0
 
     def times(self, factor: float) -> Rates:
         """All of them smaller or larger."""
-        scaled = (self.codes, self.scales, self.vectors, self.activations)
+        scaled = (self.codes, self.scales, self.vectors, self.activations, self.matrices)
         return Rates(*(factor * rate for rate in scaled))
 
 
@@ -40,9 +41,9 @@ class Rates:
 class Student:
     """Runs a graph whose quantized weights are inputs, with variables in their place.
 
-    `weights` by the input they are fed as; `vectors` are initializers that move by a share of
-    their own size; `activations` give the initializer of every scale that may move, and the group
-    whose scales move by one factor.
+    `weights` by the input they are fed as; `vectors` and `matrices` are initializers that move by a
+    share of their own size, the latter weights that nothing quantizes; `activations` give the
+    initializer of every scale that may move, and the group whose scales move by one factor.
     """
 
     def __init__(
@@ -51,10 +52,13 @@ class Student:
         weights: Mapping[str, LearnedWeight],
         vectors: tuple[str, ...],
         activations: Mapping[str, str],
+        matrices: tuple[str, ...] = (),
     ) -> None:
         self.graph, self.weights, self.activations = graph, weights, activations
-        self.base = {name: graph.parameters[name].detach() for name in (*vectors, *activations)}
-        self.moves = {name: torch.zeros_like(self.base[name]) for name in vectors}
+        self.matrices = frozenset(matrices)
+        moving = (*vectors, *matrices)
+        self.base = {name: graph.parameters[name].detach() for name in (*moving, *activations)}
+        self.moves = {name: torch.zeros_like(self.base[name]) for name in moving}
         self.factors = {group: torch.zeros(()) for group in sorted(set(activations.values()))}
         for variable in (*self.moves.values(), *self.factors.values()):
             variable.requires_grad_()
@@ -77,7 +81,8 @@ class Student:
         rated = (
             ([v for w in weights for v in w.code_variables()], rates.codes),
             ([w.stretch for w in weights], rates.scales),
-            (list(self.moves.values()), rates.vectors),
+            ([v for n, v in self.moves.items() if n not in self.matrices], rates.vectors),
+            ([v for n, v in self.moves.items() if n in self.matrices], rates.matrices),
             (list(self.factors.values()), rates.activations),
         )
         return [{"params": found, "lr": rate} for found, rate in rated if found and rate]

@@ -10,7 +10,7 @@ import numpy as np
 
 from octavo.ir.calibration import Part, samples_of
 from octavo.ir.extract import extract, values_by_name
-from octavo.ir.reference import Original, Reference
+from octavo.ir.reference import Original
 from octavo.passes.blocks import blocks
 from octavo.passes.class_maps import ClassMaps
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from octavo.ir.model import Model
     from octavo.ir.torch_distillation import Lesson
     from octavo.ir.torch_fit import Samples
+    from octavo.ir.torch_mixing import Mixtures
     from octavo.ir.torch_rounding import RoundingMethod
     from octavo.ir.torch_student import Student
     from octavo.passes.base import PassContext
@@ -51,13 +52,12 @@ class Distillation:
     def teacher(self) -> Model:
         """The float model that is learned from: the one before structure changed, if any did."""
         original = self.trainable.model.find(Original)
-        found = original or self.trainable.model.fact(Reference)
-        return found.model
+        return original.model if original is not None else self.trainable.reference
 
     @cached_property
     def maps(self) -> ClassMaps | None:
         """What class activation maps are made of, where they are asked for and there are any."""
-        found = ClassMaps.of(self.trainable.model.fact(Reference).model)
+        found = ClassMaps.of(self.trainable.reference)
         return found if self.options.maps else None
 
     def run(self) -> None:
@@ -72,10 +72,12 @@ class Distillation:
         train, check = (self._samples(student, Part(self.batches, k), features) for k in (0, 1))
         options = self.options
         rates = Rates(
-            options.codes_rate, options.scales_rate, options.vectors_rate, options.activations_rate
-        )
+            options.codes_rate, options.scales_rate, options.vectors_rate, options.activations_rate,
+            options.matrices_rate,
+        )  # fmt: skip
+        mixed = self._mixed(train, student, features)
         before, after, outcome = self._lesson(features).run(
-            student, train, check, rates, options.seconds, self.ctx.seed,
+            student, mixed, check, rates, options.seconds, self.ctx.seed,
             lambda done, steps: self.ctx.progress("recover", done, steps),
         )  # fmt: skip
         self.ctx.count("steps", outcome.steps)
@@ -99,14 +101,16 @@ class Distillation:
         mapped = (self.maps.value, self.maps.logits) if self.maps is not None else ()
         outputs = tuple(dict.fromkeys((*self.damage.kinds, *features, *mapped)))
         methods = dict.fromkeys(self.trainable.weights, method)
-        return self.trainable.student(inputs, outputs, methods, vectors=True, activations=True)
+        return self.trainable.student(
+            inputs, outputs, methods, vectors=True, activations=True, matrices=kind != "none"
+        )
 
     def features(self) -> tuple[str, ...]:
         """Values between blocks, from the outputs back as far as memory allows.
 
         Of a model whose structure changed, those that are as wide as in the original one.
         """
-        reference = self.trainable.model.fact(Reference).model
+        reference = self.trainable.reference
         weights = {name for names in self.trainable.readers().values() for name in names}
         cut = blocks(reference, weights, self.trainable.rounded_nodes(), 1)
         names = [n for block in cut for n in block.exits if n not in self.damage.kinds]
@@ -152,6 +156,22 @@ class Distillation:
             start = stop
             feeds.append(made)
         return Samples(feeds, rows=self.trainable.in_rows(inputs))
+
+    def _mixed(
+        self, samples: Samples, student: Student, features: tuple[str, ...]
+    ) -> Samples | Mixtures:
+        """Mixtures of the samples where they are asked for and can be made."""
+        from octavo.ir.torch_mixing import Mixtures
+
+        inputs = [name for name in student.graph.inputs if name not in student.weights]
+        if not self.options.mix:
+            return samples
+        if not samples.rows or any(not samples.tensors[0][n].is_floating_point() for n in inputs):
+            self.ctx.remark("note", "", "samples are not mixed: they are no floats of one shape")
+            return samples
+        targets = (*self.damage.kinds, *features)
+        run: Run = self.ctx.evaluator.load(extract(self.teacher, (), targets))
+        return Mixtures(samples, inputs, targets, run)
 
     def _labels(self, part: Part) -> NDArray[np.generic] | None:
         """Whole numbers, one or one row per sample, where they are wanted."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Literal, final
 
 import numpy as np
 import onnx_ir.passes.common
@@ -16,6 +16,7 @@ from octavo.ir.facts import Norms, Portable
 from octavo.ir.reference import Original, with_original
 from octavo.passes.base import Pass
 from octavo.passes.block_importance import modification
+from octavo.passes.block_search import BlockSearch
 from octavo.passes.output_damage import Metric, OutputDamage
 from octavo.passes.patterns import chosen
 from octavo.passes.read_values import value_reader
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     from octavo.ir.model import Model
     from octavo.passes.base import PassContext
 
+Of = Literal["blocks", "macs", "seconds"]
+# A block that seems to cost nothing still saves something.
+_LEAST = 1e-6
+
 
 @final
 @dataclass(frozen=True)
@@ -39,16 +44,17 @@ class DropBlocks(Pass):
     """Remove whole residual blocks: `y = x + f(x)` becomes `y = x`.
 
     **What it does.** Finds sums of a value and what a branch makes of it, and removes `count` of
-    them, or the share `ratio`, one after the other: always the one without which the outputs on
-    the calibration data move least (KL or normalised error). The first is sought among all blocks,
-    every later one among the `tries` that did least before, measured anew behind those that are
-    gone.
+    them, or so many that a share `ratio` of the `blocks`, of the model's `macs` or of its `seconds`
+    (`of`) is gone: those without which the outputs on the calibration data move least (KL or
+    normalised error) for what they save. Sets of blocks grow one by one, the best `beam` of them
+    at a time, by the `tries` blocks that did least alone; every set is measured.
     **Why.** Neighbouring blocks of a deep network often do nearly the same; one less saves the
     time and bytes of all its layers.
     **When it does not apply.** A skip with a projection, or a branch that changes the shape; a
     branch that the caller reads from inside saves little and is left out.
     **Cost and accuracy.** One inference per block on `samples` samples, and `tries` per later
-    block. Remarks give the damage, and the block influence 1 - cos(x, y), a cheap forecast.
+    block and set. Remarks give the damage, what is saved, and the block influence 1 - cos(x, y), a
+    cheap forecast. Seconds are those of float kernels, measured or estimated.
     """
 
     name = "drop-blocks"
@@ -57,7 +63,9 @@ class DropBlocks(Pass):
 
     count: int = 0
     ratio: float = 0.0
+    of: Of = "blocks"
     tries: int = 4
+    beam: int = 1
     samples: int = 64
     metric: Metric = "auto"
     only: tuple[str, ...] = ()
@@ -67,33 +75,64 @@ class DropBlocks(Pass):
         self._check()
         names = {node.name or "" for node in chosen(model, self.only, self.keep)}
         branches = {n: index for n, index in removable_branches(model).items() if n in names}
-        wanted = self.count or max(1, round(self.ratio * len(branches)))
         if not branches:
             ctx.remark("missed", "", "no residual block has an identity beside its branch")
             return model
-        if wanted > len(branches):
-            raise _too_many(wanted, branches)
+        saves, goal = self._saves(model, ctx, branches)
         data = ctx.calibration or ctx.stand_in
         if data is None:
             ctx.remark("note", "", "no data: nothing tells which blocks matter")
             return model
         feeds = tuple(first_samples(data, self.samples))
         study = _Study(model, ctx, branches, feeds, OutputDamage.of(model, self.metric))
-        influence, order = study.influence(), study.least(wanted, self.tries)
-        for name, damage in order:
+        search = BlockSearch(saves, study.lost, self.tries, self.beam, study.progress)
+        influence, order = study.influence(), search.least(goal)
+        for at, name in enumerate(order):
+            damage, saved = search.total(order[: at + 1]), sum(saves[n] for n in order[: at + 1])
             text = f"block removed: {study.damage.text} {damage:.4g} so far"
-            ctx.remark("applied", name, text, damage=damage, influence=influence[name])
+            if self.of != "blocks":
+                text += f", {saved:.1%} of the {self.of} ({ctx.cost.source}) saved"
+            ctx.remark("applied", name, text, damage=damage, influence=influence[name], saved=saved)
             ctx.count("blocks removed")
-        found = without_branches(model, ctx, {name: branches[name] for name, _ in order})
+        found = without_branches(model, ctx, {name: branches[name] for name in order})
         ctx.count("nodes removed", len(list(model.graph)) - len(list(found.graph)))
         return with_original(found, model)
 
+    def _saves(
+        self, model: Model, ctx: PassContext, branches: Mapping[str, int]
+    ) -> tuple[dict[str, float], float]:
+        """What each block saves, and how much of that is wanted.
+
+        Blocks count 1 each, anything else as a share of the model. Raises UsageError.
+        """
+        if self.of == "blocks":
+            wanted = self.count or max(1, round(self.ratio * len(branches)))
+            if wanted > len(branches):
+                raise _too_many(wanted, branches)
+            return dict.fromkeys(branches, 1.0), wanted
+        whole = _amount(model, ctx, self.of)
+        left = {
+            name: _amount(without_branches(model, ctx, {name: index}), ctx, self.of)
+            for name, index in branches.items()
+        }
+        saves = {name: max(_LEAST, (whole - amount) / whole) for name, amount in left.items()}
+        if sum(saves.values()) < self.ratio:
+            raise _too_little(self.ratio, self.of, saves)
+        return saves, self.ratio
+
     def _check(self) -> None:
         by_ratio = 0 < self.ratio < 1
-        if (self.count > 0) == by_ratio or self.count < 0 or self.tries < 1:
+        options = f"count={self.count},ratio={self.ratio:g},of={self.of},tries={self.tries}"
+        where = f"{self.name}{{{options},beam={self.beam}}}"
+        if (self.count > 0) == by_ratio or self.count < 0 or min(self.tries, self.beam) < 1:
             raise UsageError(
-                "give drop-blocks either a count above 0 or a ratio between 0 and 1",
-                where=f"{self.name}{{count={self.count},ratio={self.ratio:g},tries={self.tries}}}",
+                "give drop-blocks either a count above 0 or a ratio between 0 and 1, and tries "
+                "and a beam of at least 1",
+                where=where,
+            )
+        if self.count and self.of != "blocks":
+            raise UsageError(
+                f"a count is one of blocks; a share of {self.of} needs a ratio", where=where
             )
         if self.samples < 1:
             raise UsageError("samples must be at least 1", where=self.name)
@@ -160,22 +199,11 @@ class _Study:
                 found[name].append(modification(values[entry], values[made], samples_of(feed)))
         return {name: float(np.concatenate(some).mean()) for name, some in found.items()}
 
-    def least(self, count: int, tries: int) -> list[tuple[str, float]]:
-        """Blocks to remove, one after the other, with the damage of all up to each."""
-        known = dict.fromkeys(self.branches, 0.0)
-        gone: list[tuple[str, float]] = []
-        total, done = len(known) + (count - 1) * tries, 0
-        for turn in range(count):
-            hopeful = sorted(known, key=known.__getitem__)[: tries if turn else None]
-            for name in hopeful:
-                known[name] = self._lost([*(n for n, _ in gone), name])
-                done += 1
-                self.ctx.progress("drop blocks", done, total)
-            best = min(hopeful, key=known.__getitem__)
-            gone.append((best, known.pop(best)))
-        return gone
+    def progress(self, done: int, total: int) -> None:
+        """Say how many sets were measured, of those that are known to be wanted."""
+        self.ctx.progress("drop blocks", done, total)
 
-    def _lost(self, names: Sequence[str]) -> float:
+    def lost(self, names: Sequence[str]) -> float:
         """Damage without some blocks, mean over samples."""
         left = without_branches(self.model, self.ctx, {n: self.branches[n] for n in names})
         run = self.ctx.evaluator.load(left)
@@ -192,6 +220,22 @@ def _same_shape(left: onnx_ir.Value, right: onnx_ir.Value) -> bool:
         return False
     pairs = zip(left.shape.dims, right.shape.dims, strict=True)
     return all(a == b or not (isinstance(a, int) or isinstance(b, int)) for a, b in pairs)
+
+
+def _amount(model: Model, ctx: PassContext, of: Of) -> float:
+    """Multiply-accumulates of a model, or its seconds in float kernels."""
+    if of == "macs":
+        return float(sum(ctx.cost.macs(node) for node in model.graph))
+    return sum(ctx.cost.seconds(node, "float") or 0.0 for node in model.graph)
+
+
+def _too_little(ratio: float, of: Of, saves: Mapping[str, float]) -> UsageError:
+    return UsageError(
+        f"{ratio:.0%} of the {of} are to go, and without all that can be removed "
+        f"({', '.join(list(saves)[:6])}) {sum(saves.values()):.0%} of them are gone",
+        where="drop-blocks",
+        hint="give a smaller ratio, and leave the rest to prune-channels",
+    )
 
 
 def _too_many(wanted: int, branches: Mapping[str, int]) -> UsageError:

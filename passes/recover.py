@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, final
 from octavo.ir.budgets import parse_bytes
 from octavo.ir.errors import NotDifferentiable
 from octavo.ir.facts import Fact
-from octavo.ir.reference import Reference
+from octavo.ir.reference import Original, Reference
 from octavo.passes.base import Pass
 from octavo.passes.distillation import Distillation
 from octavo.passes.output_damage import Metric, OutputDamage
@@ -25,21 +25,24 @@ class Recover(Pass):
     """Distil the compressed graph against the float one.
 
     **What it does.** Trains the scales of weights and activations, biases and the gains and shifts
-    of norms; with `weights=flexround` or `straight-through` the codes as well. The loss is KL of
-    the classes, or the normalised error of other outputs, against the float model, and the error
-    of values between blocks with share `features`, as many of them as fit into `max`. Labels count
-    with share `labels`; where the data has none, those are the classes that the float model gives a
-    chance of `sure` at least, and samples that it is less sure of have none (SynQ, Kim et al. 2025,
-    arXiv 2603.18423). `maps` is the share of how far class activation maps move. Where structure
-    changed, the float model is the one before.
+    of norms; with `weights=flexround` or `straight-through` the codes as well, and weights that
+    nothing quantizes: behind a pass that changes structure, all of them. With `mix`, training uses
+    mixtures of two samples each, of which the float model says what they should give; without,
+    few samples are soon known by heart. The loss is KL of the classes, or the normalised error of
+    other outputs, against the float model, and the error of values between blocks with share
+    `features`, as many of them as fit into `max`. Labels count with share `labels`; where the data
+    has none, those are the classes that the float model gives a chance of `sure` at least, and
+    samples that it is less sure of have none (SynQ, Kim et al. 2025, arXiv 2603.18423), as
+    mixtures do. `maps` is the share of how far class activation maps move. Where structure changed,
+    the float model is the one before.
     **Why.** Passes before it look at one layer or block; only the outputs say what matters.
-    **When it does not apply.** No calibration data, operators without gradients.
+    **When it does not apply.** No calibration data, operators without gradients, nothing
+    compressed before.
     **Cost and accuracy.** `steps` batches, about `seconds`. The best state on the held-out half is
     kept, and nothing is changed where that is no better than what was there.
     """
 
     name = "recover"
-    requires = (Reference,)
     preserves = (Fact,)
 
     weights: Literal["none", "flexround", "straight-through"] = "none"
@@ -54,6 +57,8 @@ class Recover(Pass):
     scales_rate: float = 0.002
     vectors_rate: float = 0.002
     activations_rate: float = 0.002
+    matrices_rate: float = 0.0001
+    mix: bool = False
     patience: int = 8
     metric: Metric = "auto"
     max: str = "1GB"
@@ -64,10 +69,10 @@ class Recover(Pass):
         return parse_bytes(self.max, "max", 0)
 
     def run(self, model: Model, ctx: PassContext) -> Model:
-        reference, trainable = model.fact(Reference).model, Trainable.of(model)
-        damage = OutputDamage.of(reference, self.metric)
-        if ctx.calibration is None or not damage.kinds:
-            why = "no calibration data" if ctx.calibration is None else "no output of floats"
+        trainable = Trainable.of(model)
+        damage = OutputDamage.of(trainable.reference, self.metric)
+        why = self._why_not(model, ctx, damage)
+        if ctx.calibration is None or why:
             ctx.remark("note", "", f"{why}: nothing is recovered")
             return model
         from octavo.ir.needs_torch import need_torch
@@ -82,3 +87,11 @@ class Recover(Pass):
         except NotDifferentiable as error:
             ctx.remark("missed", "", str(error).splitlines()[0])
         return model
+
+    def _why_not(self, model: Model, ctx: PassContext, damage: OutputDamage) -> str:
+        if ctx.calibration is None:
+            return "no calibration data"
+        if not damage.kinds:
+            return "no output of floats"
+        compressed = model.find(Original) or model.find(Reference)
+        return "" if compressed else "no pass before compressed the model"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, final
 
 import numpy as np
@@ -34,6 +35,7 @@ _VECTORS: Mapping[str, tuple[int, ...] | None] = {
     "BatchNormalization": (1, 2), "InstanceNormalization": (1, 2), "GroupNormalization": (1, 2),
     "RMSNormalization": (1,), "SimplifiedLayerNormalization": (1,), "Add": None, "Mul": None,
 }  # fmt: skip
+_MATRICES = {"Conv": (1,), "ConvTranspose": (1,), "Gemm": (1,), "MatMul": (0, 1)}
 _LEARNED = ("FakeQuant", "FakeQuantBlocks")
 
 
@@ -44,13 +46,14 @@ class Trainable:
 
     `weights` are quantizers of constants; `vectors` biases, shifts and gains with one number per
     channel that one node alone reads; `activations` the scales of activation quantizers with the
-    group whose scales must stay in proportion.
+    group whose scales must stay in proportion; `matrices` weights of layers that nothing quantizes.
     """
 
     model: Model
     weights: Mapping[str, onnx_ir.Node]
     vectors: Mapping[str, onnx_ir.Node]
     activations: Mapping[str, tuple[str, onnx_ir.Node]]
+    matrices: tuple[str, ...] = ()
 
     @staticmethod
     def of(model: Model, quantizers: Sequence[str] = _LEARNED) -> Trainable:
@@ -67,7 +70,13 @@ class Trainable:
                 weights[node.name or ""] = node
             elif site is not None and site.fixed is None and scale is not None:
                 activations[scale.name or ""] = (site.group, node)
-        return Trainable(model, weights, _vectors(model), activations)
+        return Trainable(model, weights, _vectors(model), activations, _matrices(model))
+
+    @cached_property
+    def reference(self) -> Model:
+        """The model before anything was rounded; itself where nothing was."""
+        found = self.model.find(Reference)
+        return found.model if found is not None else self.model.clone()
 
     def readers(self) -> dict[str, list[str]]:
         """The names of the nodes that read each quantized weight, by quantizer."""
@@ -90,6 +99,7 @@ class Trainable:
         *,
         vectors: bool,
         activations: bool,
+        matrices: bool = False,
     ) -> Student:
         """The part from `inputs` to `outputs` in torch, with variables.
 
@@ -113,8 +123,10 @@ class Trainable:
             start = self.float_weight(fake)
             found[name] = weight_rounding(methods[fake.name or ""], start, rounded, params)
         moving = [n for n in self.vectors if n in graph.parameters] if vectors else []
+        free = [n for n in self.matrices if n in graph.parameters] if matrices else []
         scales = {n: g for n, (g, _) in self.activations.items() if n in graph.parameters}
-        return Student(graph, found, tuple(moving), scales if activations else {})
+        scales = scales if activations else {}
+        return Student(graph, found, tuple(moving), scales, tuple(free))
 
     def in_rows(self, inputs: Sequence[str]) -> bool:
         """Whether feeds of these values can be divided into samples along their first axis.
@@ -184,6 +196,20 @@ def _vectors(model: Model) -> dict[str, onnx_ir.Node]:
             if wanted and value is not None and _is_vector(value):
                 found[value.name or ""] = node
     return found
+
+
+def _matrices(model: Model) -> tuple[str, ...]:
+    """The float32 weights of layers that no quantizer reads."""
+    found = {}
+    for node in model.graph:
+        for index in _MATRICES.get(node.op_type, ()) if not node.domain else ():
+            value = node.inputs[index]
+            tensor = value.const_value if value is not None else None
+            if tensor is None or value is None or value.producer() is not None:
+                continue
+            if tensor.dtype == onnx_ir.DataType.FLOAT and tensor.shape.rank() > 1:
+                found[value.name or ""] = node
+    return tuple(found)
 
 
 def _is_vector(value: onnx_ir.Value) -> bool:

@@ -113,7 +113,44 @@ def test_greedy_choice_is_the_least_damage_there_is(pass_context: PassContext) -
     )
 
 
-@pytest.mark.parametrize("options", ["", "count=1,ratio=0.5", "ratio=1", "ratio=0", "count=-1"])
+@pytest.mark.parametrize("of", ["macs", "seconds"])
+def test_the_share_that_is_asked_for_is_saved(of: str, pass_context: PassContext) -> None:
+    """As much as the cost of the whole model and of what is left say."""
+    model = read(FOLDER / "fashion_vit.onnx")
+    data = load_calibration(str(FOLDER / "fashion.npz"), model)
+    ctx = replace(pass_context, calibration=data)
+    prepared = Pipeline.parse("canonicalize").run(model, ctx).model
+    text = f"drop-blocks{{ratio=0.1,of={of},samples=16,beam=2}}"
+    run = Pipeline.parse(text).run(prepared, ctx)
+    applied = [r for r in run.records[-1].remarks if r.kind == "applied"]
+    whole, left = (_cost(m, ctx, of) for m in (prepared, run.model))
+    assert left <= 0.9 * whole
+    assert float(applied[-1].values["saved"] or 0) == pytest.approx(1 - left / whole, rel=1e-6)
+    assert f"of the {of} (analytic) saved" in applied[-1].text
+
+
+def _cost(model: Model, ctx: PassContext, of: str) -> float:
+    cost = ctx.cost
+    rows = [cost.macs(n) if of == "macs" else cost.seconds(n, "float") for n in model.graph]
+    return float(sum(row or 0 for row in rows))
+
+
+def test_a_share_that_all_blocks_do_not_have_is_an_error(
+    calibrated: Callable[..., PassContext],
+) -> None:
+    model = chain()
+    with pytest.raises(UsageError, match=r"can be removed \(one\)"):
+        Pipeline.parse("drop-blocks{ratio=0.9,of=seconds,only=one}").run(model, calibrated(model))
+
+
+def test_a_count_is_one_of_blocks(pass_context: PassContext) -> None:
+    with pytest.raises(UsageError, match="a share of macs needs a ratio"):
+        Pipeline.parse("drop-blocks{count=1,of=macs}").run(chain(), pass_context)
+
+
+@pytest.mark.parametrize(
+    "options", ["", "count=1,ratio=0.5", "ratio=1", "ratio=0", "count=-1", "count=1,beam=0"]
+)
 def test_count_or_ratio_has_to_be_given(options: str, pass_context: PassContext) -> None:
     with pytest.raises(UsageError, match="either a count"):
         Pipeline.parse(f"drop-blocks{{{options}}}").run(chain(), pass_context)

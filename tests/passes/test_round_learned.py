@@ -14,7 +14,7 @@ from octavo.ir.facts import Choice, Option, Placement, Plan, Range, Ranges, Site
 from octavo.ir.fake_quant import params_of
 from octavo.ir.quant import PerAxis, QuantSpec, dequantize, quantize
 from octavo.ir.read import read
-from octavo.ir.reference import Reference
+from octavo.ir.reference import Original, Reference
 from octavo.models import shipped
 from octavo.passes.class_maps import ClassMaps
 from octavo.passes.distillation import Distillation, sure_classes
@@ -148,6 +148,42 @@ def test_recovery_lowers_the_damage_of_samples_it_has_not_learned_from(
     for old, new in zip(*(p.values() for p in pairs), strict=True):
         codes = [quantize(f.inputs[0].const_value.numpy(), params_of(f)) for f in (old, new)]  # type: ignore[union-attr]
         np.testing.assert_array_equal(*codes)
+
+
+def test_weights_of_a_pruned_model_are_trained_by_mixtures_of_samples(
+    mobile: Model, fashion: PassContext
+) -> None:
+    """Nothing is quantized: held-out KL against the model before falls, and far less without."""
+    assert fashion.calibration is not None
+    pruned = Pipeline.parse("canonicalize,drop-blocks{count=1,samples=32}").run(mobile, fashion)
+    held_out = list(Part(fashion.calibration, 1))
+    before = against_original(pruned.model, fashion, held_out)
+    trained = Recover(
+        weights="straight-through", mix=True, steps=40, features=0,
+        vectors_rate=0.001, matrices_rate=0.001,
+    )  # fmt: skip
+    recovered = run(pruned.model, fashion, trained)
+    after = against_original(recovered.model, fashion, held_out)
+    (remark,) = recovered.records[-1].remarks
+    assert remark.values["before"] == pytest.approx(before, rel=1e-3)
+    assert remark.values["after"] == pytest.approx(after, rel=1e-3)
+    vectors = run(pruned.model, fashion, replace(trained, weights="none"))
+    assert after < 0.7 * before
+    assert after < against_original(vectors.model, fashion, held_out)
+
+
+def against_original(model: Model, ctx: PassContext, feeds: list[Feed]) -> float:
+    """KL of a pruned model against what it was before."""
+    return damage(model.with_fact(Reference(model.fact(Original).model)), ctx, feeds)
+
+
+def test_what_was_not_compressed_has_nothing_to_recover(
+    mobile: Model, fashion: PassContext
+) -> None:
+    left = run(mobile, fashion, Recover())
+    assert left.model.fingerprint == mobile.fingerprint
+    (remark,) = left.records[-1].remarks
+    assert "no pass before compressed the model" in remark.text
 
 
 @pytest.mark.parametrize("weights", ["flexround", "straight-through"])
