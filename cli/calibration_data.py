@@ -146,7 +146,7 @@ def _grouped(items: Iterable[Feed], inputs: Inputs) -> Iterator[Feed]:
     """Feeds of as many samples as the model wants; an incomplete last one of a fixed size goes."""
     fixed = inputs.batch
     waiting: list[Feed] = []
-    for item in items:
+    for item in (part for whole in items for part in _divided(whole, inputs)):
         if waiting and (_full(waiting, item, inputs) or _shape(item) != _shape(waiting[0])):
             if fixed is None or _count(waiting) == fixed:
                 yield joined(waiting)
@@ -156,13 +156,28 @@ def _grouped(items: Iterable[Feed], inputs: Inputs) -> Iterator[Feed]:
         yield joined(waiting)
 
 
+def _divided(item: Feed, inputs: Inputs) -> Iterator[Feed]:
+    """A feed that is larger than feeds are made, in parts of samples."""
+    most = _most(item, inputs)
+    if inputs.batch is not None or not inputs.joinable or leading(item) <= most:
+        yield item
+        return
+    size = max(1, min(_SAMPLES_PER_FEED, most))
+    for start in range(0, leading(item), size):
+        yield {name: array[start : start + size] for name, array in item.items()}
+
+
 def _full(waiting: Sequence[Feed], item: Feed, inputs: Inputs) -> bool:
     count = _count(waiting)
     if inputs.batch is not None or not inputs.joinable:
         return count >= (inputs.batch or 1)
+    return count + leading(item) > min(_SAMPLES_PER_FEED, _most(item, inputs))
+
+
+def _most(item: Feed, inputs: Inputs) -> int:
+    """Samples like those of an item that a feed may hold for its bytes and those of outputs."""
     limits = ((_FEED_BYTES, item_bytes(item)), (_OUTPUT_BYTES, inputs.output_bytes(item)))
-    most = min(limit * leading(item) // max(taken, 1) for limit, taken in limits)
-    return count + leading(item) > min(_SAMPLES_PER_FEED, most)
+    return min(limit * leading(item) // max(taken, 1) for limit, taken in limits)
 
 
 def _count(items: Sequence[Feed]) -> int:

@@ -36,13 +36,14 @@ class Batches(Protocol):
 class Part:
     """Every `of`-th feed of other data, from the `index`-th on; its samples keep their labels.
 
-    Parts of one source share no sample. Data of a single feed cannot be divided: all parts are
-    the whole of it.
+    With `rest` all feeds but those. Parts of one source share no sample. Data of a single feed
+    cannot be divided: all parts are the whole of it.
     """
 
     source: Batches
     index: int
     of: int = 2
+    rest: bool = False
 
     @property
     def divided(self) -> bool:
@@ -55,7 +56,8 @@ class Part:
 
     @property
     def sha256(self) -> str:
-        return f"{self.source.sha256} part {self.index} of {self.of}"
+        name = "all but part" if self.rest else "part"
+        return f"{self.source.sha256} {name} {self.index} of {self.of}"
 
     @property
     def labels(self) -> NDArray[np.generic] | None:
@@ -66,7 +68,7 @@ class Part:
         start = 0
         for at, feed in enumerate(self.source):
             stop = start + samples_of(feed)
-            if at % self.of == self.index:
+            if self._has(at):
                 kept.extend(range(start, stop))
             start = stop
         return labels[kept]
@@ -76,8 +78,11 @@ class Part:
             yield from self.source
             return
         for at, feed in enumerate(self.source):
-            if at % self.of == self.index:
+            if self._has(at):
                 yield feed
+
+    def _has(self, at: int) -> bool:
+        return (at % self.of == self.index) != self.rest
 
 
 def samples_of(feed: Feed) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, final
 
@@ -69,7 +69,10 @@ class Distillation:
 
         features = self.features() if self.options.features else ()
         student = self._student(features)
-        train, check = (self._samples(student, Part(self.batches, k), features) for k in (0, 1))
+        feeds = sum(1 for _ in zip(self.batches, range(self.options.hold_out), strict=False))
+        held_out = Part(self.batches, 1, max(2, feeds))
+        check = self._samples(student, held_out, features)
+        train = self._samples(student, replace(held_out, rest=True), features)
         options = self.options
         rates = Rates(
             options.codes_rate, options.scales_rate, options.vectors_rate, options.activations_rate,
@@ -112,7 +115,10 @@ class Distillation:
         """
         reference = self.trainable.reference
         weights = {name for names in self.trainable.readers().values() for name in names}
-        cut = blocks(reference, weights, self.trainable.rounded_nodes(), 1)
+        free = {node.name or "" for node in self.trainable.matrices.values()}
+        if self.options.weights == "none":
+            free.clear()
+        cut = blocks(reference, weights | free, self.trainable.rounded_nodes() | free, 1)
         names = [n for block in cut for n in block.exits if n not in self.damage.kinds]
         names = [n for n in names if _same_width(reference, self.teacher, n)]
         first, count = next(iter(self.batches)), sum(1 for _ in self.batches)

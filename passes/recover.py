@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, final
 
 from octavo.ir.budgets import parse_bytes
-from octavo.ir.errors import NotDifferentiable
+from octavo.ir.errors import NotDifferentiable, UsageError
 from octavo.ir.facts import Fact
 from octavo.ir.reference import Original, Reference
 from octavo.passes.base import Pass
@@ -38,8 +38,9 @@ class Recover(Pass):
     **Why.** Passes before it look at one layer or block; only the outputs say what matters.
     **When it does not apply.** No calibration data, operators without gradients, nothing
     compressed before.
-    **Cost and accuracy.** `steps` batches, about `seconds`. The best state on the held-out half is
-    kept, and nothing is changed where that is no better than what was there.
+    **Cost and accuracy.** `steps` batches, about `seconds`. One feed of `hold-out` is not
+    trained on: the best state on those is kept, and nothing is changed where it is no better than
+    what was there.
     """
 
     name = "recover"
@@ -59,6 +60,7 @@ class Recover(Pass):
     activations_rate: float = 0.002
     matrices_rate: float = 0.0001
     mix: bool = False
+    hold_out: int = 2
     patience: int = 8
     metric: Metric = "auto"
     max: str = "1GB"
@@ -71,6 +73,11 @@ class Recover(Pass):
     def run(self, model: Model, ctx: PassContext) -> Model:
         trainable = Trainable.of(model)
         damage = OutputDamage.of(trainable.reference, self.metric)
+        if self.hold_out < 2:
+            raise UsageError(
+                "hold-out must be at least 2: one feed of so many tells whether training helps",
+                where=f"{self.name}{{hold-out={self.hold_out}}}",
+            )
         why = self._why_not(model, ctx, damage)
         if ctx.calibration is None or why:
             ctx.remark("note", "", f"{why}: nothing is recovered")

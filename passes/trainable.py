@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, final
 
@@ -53,7 +53,7 @@ class Trainable:
     weights: Mapping[str, onnx_ir.Node]
     vectors: Mapping[str, onnx_ir.Node]
     activations: Mapping[str, tuple[str, onnx_ir.Node]]
-    matrices: tuple[str, ...] = ()
+    matrices: Mapping[str, onnx_ir.Node] = field(default_factory=dict)
 
     @staticmethod
     def of(model: Model, quantizers: Sequence[str] = _LEARNED) -> Trainable:
@@ -198,7 +198,7 @@ def _vectors(model: Model) -> dict[str, onnx_ir.Node]:
     return found
 
 
-def _matrices(model: Model) -> tuple[str, ...]:
+def _matrices(model: Model) -> dict[str, onnx_ir.Node]:
     """The float32 weights of layers that no quantizer reads."""
     found = {}
     for node in model.graph:
@@ -209,7 +209,7 @@ def _matrices(model: Model) -> tuple[str, ...]:
                 continue
             if tensor.dtype == onnx_ir.DataType.FLOAT and tensor.shape.rank() > 1:
                 found[value.name or ""] = node
-    return tuple(found)
+    return found
 
 
 def _is_vector(value: onnx_ir.Value) -> bool:

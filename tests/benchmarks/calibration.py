@@ -14,6 +14,8 @@ from task import Array
 from octavo.models import shipped
 
 _STAMPS, _KINDS = 64, ("animals", "food", "household")
+# Where more stamps are wanted than there are of those kinds.
+_FURTHER_KINDS = ("clothes", "hobbies", "plants", "seasonal", "space", "sports", "town", "vehicles")
 _LINES, _PAGES, _FILES_PER_TYPE, _CONTEXTS = 64, 8, 3, 128
 _SENTENCES, _WORDS, _WINDOWS, _WINDOW = 128, 60, 128, 256
 _PHOTOS = (
@@ -32,13 +34,15 @@ def fashion(model: Path, folder: Path) -> Path:
 
 
 def photo_stamps(model: Path, folder: Path, count: int = _STAMPS) -> Path:
-    """64 stamps, or `count`, of animals, food and household things that are not scored."""
+    """64 stamps, or `count`, that are not scored: animals, food, household things, then others."""
     scored = {Path(name).name for name in stamps.classes()}
-    found = sorted(str(path) for path in stamps.FOLDER.rglob("*.png"))
-    paths = [Path(p) for p in found if any(f"/{kind}/" in p for kind in _KINDS)]
-    paths = [path for path in paths if path.stem not in scored]
-    order = np.random.default_rng(0).permutation(len(paths))[:count]
-    return _write(folder, input=np.stack([stamps.picture(paths[k]) for k in order]))
+    found = [Path(path) for path in sorted(str(path) for path in stamps.FOLDER.rglob("*.png"))]
+    rng, chosen = np.random.default_rng(0), list[Path]()
+    for kinds in (_KINDS, _FURTHER_KINDS):
+        paths = [path for path in found if any(f"/{kind}/" in str(path) for kind in kinds)]
+        paths = [path for path in paths if path.stem not in scored]
+        chosen += [paths[k] for k in rng.permutation(len(paths))]
+    return _write(folder, input=np.stack([stamps.picture(path) for path in chosen[:count]]))
 
 
 def text_lines(model: Path, folder: Path) -> Path:

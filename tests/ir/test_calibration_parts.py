@@ -69,6 +69,18 @@ def test_which_feeds_a_part_holds() -> None:
     assert numbers(Part(Numbered((2, 1, 3, 1)), 1)) == [2, 6]
 
 
+def test_the_rest_of_a_part_is_all_else() -> None:
+    source = Numbered((2, 1, 3, 1, 2))
+    part = Part(source, 1, 3)
+    rest = Part(source, 1, 3, rest=True)
+    assert numbers(part) == [2, 7, 8]
+    assert numbers(rest) == [0, 1, 3, 4, 5, 6]
+    assert rest.samples == 6
+    assert rest.labels is not None
+    assert rest.labels.tolist() == [0, 10, 30, 40, 50, 60]
+    assert rest.sha256 != part.sha256
+
+
 def test_a_single_feed_is_the_whole_of_every_part() -> None:
     source = Numbered((5,))
     for index in range(2):
