@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, final
 
-from octavo.ir.constants import constant_behind
+from octavo.ir.constants import constant_behind, matrix_source
 from octavo.ir.errors import UsageError
 from octavo.ir.facts import FLOAT, Choice, Fact, Option, Plan, Ranges
 from octavo.ir.float4 import BLOCK
@@ -53,7 +53,8 @@ class ChooseKernels(Pass):
     that reads blocks, instead of dynamic quantization. `bits` are those of weights in the file;
     kernels multiply bytes, so that fewer are unpacked when the model loads, and cost no time. Below
     6 bits weights are in blocks of `block-size` where rows are several whole ones: a block's scale
-    is a multiple of its channel's.
+    is a multiple of its channel's. Where `weight-only` kernels multiply, that of an output layer,
+    and of a table tied to it, is in blocks of `output-block-size`: nothing averages its error.
     **When it does not apply.** No calibrated range (no data): no static option; nor where a mask
     would leave the scores of a Softmax a few of 256 steps. No row in the target's table, a pattern
     in `keep_float`, or too few weights to shrink: float, with the reason.
@@ -73,6 +74,7 @@ class ChooseKernels(Pass):
     recurrent: bool = False
     bits: int = 8
     block_size: int = 32
+    output_block_size: int = 0
     keep_float: tuple[str, ...] = ()
 
     def statistics(self, model: Model, ctx: PassContext) -> tuple[Statistic, ...]:
@@ -142,7 +144,18 @@ class ChooseKernels(Pass):
         if ctx.target.support(node, "weight-only").row is None:
             return False
         table = constant_behind(node.inputs[0])
-        return table is not None and table.shape.numpy()[1] % self.block_size == 0
+        return table is not None and table.shape.numpy()[1] % self._size(node.inputs[0]) == 0
+
+    def _size(self, weight: onnx_ir.Value | None) -> int:
+        """The block size of a weight: that of outputs where a node that computes one reads it."""
+        source = matrix_source(weight) or weight
+        if source is None or not self.output_block_size:
+            return self.block_size
+        readers = list(source.consumers())
+        readers += [
+            n for r in readers if r.op_type == "Transpose" for n in r.outputs[0].consumers()
+        ]
+        return self.output_block_size if any(map(_is_output, readers)) else self.block_size
 
     @property
     def _method(self) -> Method:
@@ -159,7 +172,7 @@ class ChooseKernels(Pass):
         method = self._method
         allowed = self.dynamic and (self.recurrent or node.op_type not in _RECURRENT)
         if self.weight_only:
-            allowed = _fills_blocks(node, self.block_size)
+            allowed = _fills_blocks(node, self._size(_weight(node)))
         integer = ctx.cost.seconds(node, method) if allowed or method in _FLOATING else None
         if integer is None:
             return seconds
@@ -175,7 +188,7 @@ class ChooseKernels(Pass):
         self, row: KernelRow, node: onnx_ir.Node, method: Method, ctx: PassContext
     ) -> Option:
         if method == "weight-only":
-            blocks = PerBlock(1 - row.weight_axis, self.block_size)
+            blocks = PerBlock(1 - row.weight_axis, self._size(node.inputs[row.weights[0]]))
             spec = kernel_blocks(self.bits, blocks, zero_points=ctx.target.zero_points)
             half = self.bits < _BYTE or ctx.target.half_scales
             return Option(method, replace(spec, half_scales=half))
@@ -273,10 +286,14 @@ def _weight_spec(row: KernelRow, node: onnx_ir.Node, bits: int) -> QuantSpec:
 
 def _fills_blocks(node: onnx_ir.Node, size: int) -> bool:
     """Whether the rows of a weight are whole blocks."""
-    weight = node.inputs[1] if len(node.inputs) > 1 else None
+    weight = _weight(node)
     axis = node.attributes.get_int("transB", 0)
     rows = weight.shape[axis or 0] if weight is not None and weight.shape else None
     return isinstance(rows, int) and rows % size == 0
+
+
+def _weight(node: onnx_ir.Node) -> onnx_ir.Value | None:
+    return node.inputs[1] if len(node.inputs) > 1 else None
 
 
 def _is_output(node: onnx_ir.Node) -> bool:

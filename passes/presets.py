@@ -28,8 +28,8 @@ PRESETS: Mapping[str, str] = {
     ),
     "int4": (
         "canonicalize,fold-scales,halve-constants,calibrate,collect-moments,"
-        "choose-kernels{bits=4,block-size=64},place-quantizers,insert-fake-quant,clip-weights,"
-        "round-gptq,match-moments"
+        "choose-kernels{bits=4,block-size=64,output-block-size=32},place-quantizers,"
+        "insert-fake-quant,clip-weights,round-gptq,match-moments"
     ),
     "int8-dynamic": "canonicalize,choose-kernels,insert-fake-quant",
     "nvfp4": (

@@ -14,8 +14,10 @@ import pytest
 
 from octavo.backends.ort_lowering import lower
 from octavo.backends.ort_session import make_session
+from octavo.ir.facts import Plan
 from octavo.ir.model import Model
 from octavo.ir.moments import Moments
+from octavo.ir.quant import PerBlock
 from octavo.ir.read import read
 from octavo.passes.base import PassContext
 from octavo.passes.collect_moments import tempered
@@ -51,6 +53,33 @@ def language_model() -> Model:
     graph = onnx.helper.make_graph(nodes, "language", [ids], [y], constants)
     opsets = [onnx.helper.make_opsetid("", 21)]
     return read(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10))
+
+
+def test_an_output_and_its_table_have_blocks_of_their_own(
+    language_model: Model, calibrated: Calibrated, tmp_path: Path
+) -> None:
+    """The table is stored once, in blocks of 16 with a scale each; what runs is what was meant."""
+    ctx = _with_ids(calibrated(language_model))
+    options = _PLANNED.replace("block-size=32", "block-size=32,output-block-size=16")
+    model = Pipeline.parse(options).run(language_model, ctx).model
+    sizes = {}
+    for name, choice in model.fact(Plan).by_node.items():
+        assert choice.option.method == "weight-only"
+        assert choice.option.weight is not None
+        granularity = choice.option.weight.granularity
+        assert isinstance(granularity, PerBlock)
+        sizes[name] = granularity.size
+    assert sizes == {"embed": 16, "layer": 32, "head": 16}
+    artifact = lower(model, tmp_path / "model.onnx")
+    graph = onnx.load(artifact.path).graph
+    held = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    assert [shape for name, shape in held.items() if name.startswith("table_scale")] == [
+        (_VOCABULARY, _WIDTH // 16)
+    ]
+    feed = {"ids": np.arange(24, dtype=np.int64)[None] * 3 % _VOCABULARY}
+    expected = ctx.evaluator.run(model, feed)["y"]
+    actual = make_session(artifact.path, threads=1).run(feed)["y"]
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=0.03 * np.abs(expected).max())
 
 
 def test_the_head_decides_how_its_table_is_rounded(
