@@ -13,6 +13,7 @@ import pytest
 
 import octavo as public
 from octavo.backends.ort_backend import OrtBackend
+from octavo.cli.measured import Measured
 
 if TYPE_CHECKING:
     from octavo.ir.artifact import Artifact
@@ -66,6 +67,25 @@ def test_kernels_that_change_the_answers_are_neither_used_nor_lowered(
     share = float(said.split("arg-max of ")[1].split("%")[0]) / 100
     assert refused.fidelity.agreement == pytest.approx(share, abs=1.1 / 64)
     assert share < 0.6
+
+
+@pytest.mark.parametrize(("bits", "method"), [(4, "weight-only"), (8, "storage")])
+def test_stored_weights_replace_slower_kernels_only_where_they_answer_alike(
+    bits: int, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scale per channel instead of one per block costs answers at few bits, none at eight."""
+
+    def speeds(self: Measured, artifacts: list[Artifact]) -> list[float]:
+        return [0.8, 1.1][: len(artifacts)]
+
+    monkeypatch.setattr(Measured, "speeds", speeds)
+    model = _model(tmp_path / "model.onnx", 0, 300)
+    text = f"canonicalize,choose-kernels{{static=false,bits={bits},block-size=16}}"
+    compiled = public.compile(model, pipeline=f"{text},insert-fake-quant", shapes=_SHAPES)
+    assert {row.option.partition(":")[0] for row in compiled.artifact.planned} == {method}
+    said = [note for note in compiled.notes if "slower than float here" in note]
+    (note,) = [text for text in said if "artifact" not in text]
+    assert ("not used" in note) == (method == "weight-only")
 
 
 def test_what_pruning_costs_is_not_held_against_a_kernel(tmp_path: Path) -> None:
