@@ -18,7 +18,7 @@ from octavo.ir.torch_reconstruction import target_name
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from octavo.ir.torch_fit import Batches, Outcome, Samples
+    from octavo.ir.torch_fit import BatchSource, Outcome, Samples
     from octavo.ir.torch_student import Rates, Student
 
 LABELS = "octavo.labels"
@@ -60,7 +60,7 @@ class Lesson:
     def run(
         self,
         student: Student,
-        train: Batches,
+        train: BatchSource,
         check: Samples,
         rates: Rates,
         seconds: float,

@@ -30,7 +30,7 @@ _WARM_STEPS = 5
 _TINY = 1e-9
 
 
-class Batches(Protocol):
+class BatchSource(Protocol):
     """Where training gets its batches."""
 
     @property
@@ -95,7 +95,7 @@ class Fit:
     on_step: Callable[[int, int], bool] = field(default=lambda done, steps: False)
     parts: int = 1
 
-    def run(self, student: Student, samples: Batches, rates: Rates, loss: Loss) -> Outcome:
+    def run(self, student: Student, samples: BatchSource, rates: Rates, loss: Loss) -> Outcome:
         """Train; the student is left where it ended, or began if every loss diverged.
 
         `loss(progress, batch)` runs the student; it is told what share of the training is done.
@@ -116,7 +116,7 @@ class Fit:
 
     def _attempt(
         self,
-        samples: Batches,
+        samples: BatchSource,
         groups: list[dict[str, object]],
         descent: _Descent,
         clock: _Clock,
@@ -158,27 +158,29 @@ class _Descent:
         self, progress: float, batch: Mapping[str, Tensor], variables: Sequence[Tensor]
     ) -> bool:
         """Set the gradient of every variable; False where a loss is not finite."""
-        count = len(next(iter(batch.values())))
-        parts = min(self.parts, count)
-        cut = {name: value.tensor_split(parts) for name, value in batch.items()}
-        shares = [{name: pieces[k] for name, pieces in cut.items()} for k in range(parts)]
-        if parts == 1:
-            shares = [dict(batch)]
 
-        def one(share: dict[str, Tensor]) -> tuple[Tensor | None, ...] | None:
-            weight = len(next(iter(share.values()))) / count
+        def one(share: dict[str, Tensor], weight: float) -> tuple[Tensor | None, ...] | None:
             with self.forward:
                 value = self.loss(progress, share)
             if not math.isfinite(float(value.detach())):
                 return None
             return torch.autograd.grad(weight * value, variables, allow_unused=True)
 
-        found = list(self.executor.map(one, shares))
+        found = list(self.executor.map(one, *zip(*_shares(batch, self.parts), strict=True)))
         rows = [row for row in found if row is not None]
         for variable, *grads in zip(variables, *rows, strict=True):
             known = [grad for grad in grads if grad is not None]
-            variable.grad = torch.stack(known).sum(0) if known else None
+            variable.grad = sum(known[1:], start=known[0]) if known else None
         return len(rows) == len(found)
+
+
+def _shares(batch: Mapping[str, Tensor], parts: int) -> list[tuple[dict[str, Tensor], float]]:
+    """Parts of a batch of samples, and the share of its samples that each holds."""
+    if parts == 1:
+        return [(dict(batch), 1.0)]
+    count = len(next(iter(batch.values())))
+    rows = torch.arange(count).tensor_split(min(parts, count))
+    return [({n: v[own] for n, v in batch.items()}, len(own) / count) for own in rows]
 
 
 def _on_one_core() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -12,6 +13,11 @@ torch = pytest.importorskip("torch")
 from octavo.ir.torch_fit import Samples, _Descent  # noqa: E402
 from octavo.ir.torch_mixing import Mixtures  # noqa: E402
 from octavo.ir.torch_reconstruction import target_name  # noqa: E402
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from octavo.ir.calibration import Feed
 
 _FLOAT32 = 1e-6
 
@@ -36,6 +42,16 @@ def test_gradients_of_the_parts_are_those_of_the_batch(count: int) -> None:
         assert unused.grad is None
 
 
+def test_a_feed_is_one_part_whatever_its_arrays_are() -> None:
+    """A scalar has no samples to divide by."""
+    variable = torch.ones(1, requires_grad=True)
+    feed = {"scale": torch.tensor(3.0), "x": torch.tensor([1.0, 2.0])}
+    with ThreadPoolExecutor(1) as executor:
+        descent = _Descent(lambda _, f: (f["scale"] * f["x"] * variable).sum(), 1, executor)
+        assert descent.gradients(0.0, feed, [variable])
+    assert variable.grad.item() == 9
+
+
 def test_a_loss_that_is_not_finite_is_told() -> None:
     variable = torch.ones(1, requires_grad=True)
     batch = {"x": torch.tensor([1.0, float("inf")])}
@@ -49,7 +65,7 @@ def test_mixtures_lie_between_two_samples_and_have_targets_of_their_own() -> Non
     corners = np.eye(6, dtype=np.float32)
     samples = Samples([{"x": corners, target_name("y"): corners}], rows=True)
 
-    def teacher(feed):  # type: ignore[no-untyped-def]
+    def teacher(feed: Feed) -> dict[str, NDArray[np.generic]]:
         return {"y": 3 * feed["x"] ** 2}
 
     mixtures = Mixtures(samples, ["x"], ["y"], teacher)
