@@ -42,7 +42,8 @@ class Student:
     """Runs a graph whose quantized weights are inputs, with variables in their place.
 
     `weights` by the input they are fed as; `vectors` and `matrices` are initializers that move by a
-    share of their own size, the latter weights that nothing quantizes; `activations` give the
+    share of their own size, the latter weights that nothing quantizes, whose zeros stay;
+    `activations` give the
     initializer of every scale that may move, and the group whose scales move by one factor.
     """
 
@@ -110,7 +111,8 @@ class Student:
 
     def _moved(self, name: str) -> Tensor:
         base = self.base[name]
-        return base + self.moves[name] * base.square().mean().sqrt().clamp_min(_TINY)
+        move = self.moves[name] * base.square().mean().sqrt().clamp_min(_TINY)
+        return base + (move * (base != 0) if name in self.matrices else move)
 
     def _variables(self) -> Iterator[Tensor]:
         for weight in self.weights.values():

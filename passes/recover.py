@@ -26,10 +26,10 @@ class Recover(Pass):
 
     **What it does.** Trains the scales of weights and activations, biases and the gains and shifts
     of norms; with `weights=flexround` or `straight-through` the codes as well, and weights that
-    nothing quantizes: behind a pass that changes structure, all of them. With `mix`, training uses
-    mixtures of two samples each, of which the float model says what they should give; without,
-    few samples are soon known by heart. The loss is KL of the classes, or the normalised error of
-    other outputs, against the float model, and the error of values between blocks with share
+    nothing quantizes: behind a pass that changes structure, all of them but zeros. With `mix`,
+    training uses mixtures of two samples each, of which the float model says what they should give;
+    without, few samples are soon known by heart. The loss is KL of the classes, or the error of
+    other outputs, normalised, against the float model, and that of values between blocks with share
     `features`, as many of them as fit into `max`. Labels count with share `labels`; where the data
     has none, those are the classes that the float model gives a chance of `sure` at least, and
     samples that it is less sure of have none (SynQ, Kim et al. 2025, arXiv 2603.18423), as

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx.parser
 import pytest
 
 from octavo.cli.calibration_data import load_calibration
@@ -170,6 +171,41 @@ def test_weights_of_a_pruned_model_are_trained_by_mixtures_of_samples(
     vectors = run(pruned.model, fashion, replace(trained, weights="none"))
     assert after < 0.7 * before
     assert after < against_original(vectors.model, fashion, held_out)
+
+
+def test_weights_that_are_zero_stay_zero(mobile: Model, fashion: PassContext) -> None:
+    sparse = "canonicalize,prune-weights{sparsity=0.5,allocation=uniform},drop-blocks{count=1}"
+    pruned = Pipeline.parse(sparse).run(mobile, fashion)
+    trained = run(pruned.model, fashion, Recover(weights="straight-through", steps=4))
+    assert trained.model.fingerprint != pruned.model.fingerprint
+    for name in Trainable.of(pruned.model).matrices:
+        old, new = (
+            m.graph.initializers[name].const_value.numpy()  # type: ignore[union-attr]
+            for m in (pruned.model, trained.model)
+        )
+        assert (old == 0).mean() > 0.3
+        np.testing.assert_array_equal(new[old == 0], 0)
+
+
+def test_token_ids_are_not_mixed(calibrated: Callable[..., PassContext]) -> None:
+    """Half of one word and half of another is none."""
+    text = """<ir_version: 10, opset_import: ["" : 21]> g (int64[N,4] ids) => (float[N,4,8] y)
+        <float[6,8] table = {0}, float[8,8] w = {0}> {
+            [embed] e = Gather (table, ids)
+            [layer] y = MatMul (e, w)
+        }"""
+    proto = onnx.parser.parse_model(text)
+    rng = np.random.default_rng(0)
+    for tensor in proto.graph.initializer:
+        array = rng.standard_normal(tuple(tensor.dims)).astype(np.float32)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    model = read(proto)
+    ids = {"ids": rng.integers(0, 6, (16, 4))}
+    ctx = replace(calibrated(model), calibration=load_calibration(ids, model))
+    whole = "canonicalize,choose-kernels{static=false},insert-fake-quant,recover{mix=true,steps=2}"
+    quantized = Pipeline.parse(whole).run(model, ctx)
+    notes = [r.text for r in quantized.records[-1].remarks if r.kind == "note"]
+    assert notes == ["samples are not mixed: they are no floats of one shape"]
 
 
 def against_original(model: Model, ctx: PassContext, feeds: list[Feed]) -> float:
