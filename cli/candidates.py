@@ -99,8 +99,10 @@ def fastest(
         _add_recurrent(build, own, measured, candidates, notes)
     speeds = measured.speeds([c.artifact for c in candidates])
     if max(speeds) < NOT_SLOWER:
-        stored = build("storage", own, static=False, dynamic=False, weight_only=False)
-        if _keeps_answers(base, candidates[0], stored, measured, notes):
+        stored = build("storage", own, static=False, dynamic=False)
+        # Kernels that the pipeline itself asks for stay.
+        asked = stored.options == candidates[0].options
+        if not asked and _keeps_answers(base, candidates[0], stored, measured, notes):
             candidates.append(stored)
             speeds = measured.speeds([c.artifact for c in candidates])
             notes.append("integer kernels are slower than float here: weights are only stored")

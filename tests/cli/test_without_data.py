@@ -88,6 +88,17 @@ def test_stored_weights_replace_slower_kernels_only_where_they_answer_alike(
     assert ("not used" in note) == (method == "weight-only")
 
 
+def test_kernels_that_are_asked_for_stay_where_they_are_slower(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Measured, "speeds", lambda self, artifacts: [0.8, 1.1][: len(artifacts)])
+    model = _model(tmp_path / "model.onnx", 0, 300)
+    text = "canonicalize,choose-kernels{weight-only=true,bits=8,block-size=32},insert-fake-quant"
+    compiled = public.compile(model, pipeline=text, shapes=_SHAPES)
+    assert {row.option.partition(":")[0] for row in compiled.artifact.planned} == {"weight-only"}
+    assert not any("only stored" in note for note in compiled.notes)
+
+
 def test_what_pruning_costs_is_not_held_against_a_kernel(tmp_path: Path) -> None:
     model = _model(tmp_path / "model.onnx", 3, 60)
     data = np.random.default_rng(4).standard_normal((64, 256)).astype(np.float32)
