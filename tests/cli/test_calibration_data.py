@@ -10,7 +10,6 @@ import onnx.parser
 import pytest
 from PIL import Image
 
-from octavo.cli import calibration_data
 from octavo.cli.calibration_data import CalibrationData, load_calibration
 from octavo.cli.preprocess import Preprocess
 from octavo.ir.errors import CalibrationError, UnknownName, UsageError
@@ -81,21 +80,6 @@ def test_feeds_of_a_language_model_hold_as_many_texts_as_their_logits_allow(
     data = load({"ids": np.ones((10, tokens), np.int64)}, model)
     assert next(iter(data))["ids"].shape == (feed, tokens)
     assert sum(len(each["ids"]) for each in data) == 10
-
-
-def test_a_feed_larger_than_feeds_are_made_is_divided(
-    vision: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As an archive of the samples is; one that is small stays what the user made it."""
-    np.savez(tmp_path / "feed.npz", image=IMAGES)
-    assert [len(feed["image"]) for feed in load(tmp_path, vision)] == [20]
-    monkeypatch.setattr(calibration_data, "_FEED_BYTES", 3 * IMAGES[0].nbytes)
-    divided = load(tmp_path, vision)
-    assert [len(feed["image"]) for feed in divided] == [3] * 6 + [2]
-    assert np.array_equal(stacked(divided), IMAGES)
-    assert divided.samples == 20
-    archive = load(tmp_path / "feed.npz", vision)
-    assert [len(feed["image"]) for feed in archive] == [3] * 6 + [2]
 
 
 def test_the_same_content_has_the_same_digest_from_every_source(
